@@ -1,0 +1,172 @@
+"""The command line: one Hydra entry point a task. Nothing heavy is imported before the configuration stands."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from praxino.config import conf_dir, nearest, register_resolvers, report, unresolved
+from praxino.errors import ConfigError, PraxinoError
+
+# keys that name something which must exist before a task begins
+PATHS = {
+    "train": ("data.root", "data.val_root", "weights"),
+    "evaluate": ("vae", "data.root", "real", "fake"),
+    "reconstruct": ("vae", "input"),
+    "make_data": (),
+}
+
+
+def command(name: str) -> Callable[[], None]:
+    """Make the entry point of `praxino.tasks.<name>`, configured by `conf/<name>.yaml`."""
+
+    def main() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over, and this module words them
+        register_resolvers()
+        try:
+            check_flags()
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)()
+        except PraxinoError as error:
+            fail(str(error), error.exit_code)
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(explain(error, name), ConfigError.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+
+    def job(cfg: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            with open_dict(cfg):
+                cfg.out = HydraConfig.get().runtime.output_dir
+        report(list(unresolved(cfg)))
+        report([problem for key in PATHS[name] if (problem := missing_path(key, OmegaConf.select(cfg, key)))])
+        logging.captureWarnings(True)
+        return import_module(f"praxino.tasks.{name}").run(cfg)
+
+    main.__name__ = main.__qualname__ = job.__name__ = name
+    main.__doc__ = f"Run the task `{name}`."
+    return main
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print an expected error, at most three lines, and leave with its exit code."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    lines = [line for line in message.strip().splitlines() if line.strip()][:3]
+    lines[0] = f"error: {lines[0]}" if rank == "0" else f"error (rank {rank}): {lines[0]}"
+    sys.stdout.flush()
+    sys.stderr.write("\n".join(line.encode("ascii", "backslashreplace").decode() for line in lines) + "\n")
+    sys.exit(code)
+
+
+def check_flags() -> None:
+    """Refuse unknown `--flags` in one line; argparse would print a screenful."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        unknown = message.rpartition(": ")[2].split(" ")[0]
+        hint = unknown.lstrip("-").partition("=")[0] or "key"
+        raise ConfigError(f"{message}; settings are written key=value, e.g. {hint}=...{nearest(unknown, flags)}")
+
+    parser.error = error  # type: ignore[method-assign,assignment]
+    parser.parse_args()
+
+
+def missing_path(key: str, value: Any) -> str | None:
+    """Return what is wrong with a path that has to exist."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return f"{key}: {value!r} is not a path"
+    path = Path(value).expanduser()
+    if path.exists():
+        return None
+    known = path.parent
+    while not known.exists():
+        known = known.parent
+    try:
+        siblings = [str(entry) for entry in known.iterdir()] if known == path.parent else []
+    except OSError:
+        siblings = []
+    hint = nearest(str(path), siblings) if siblings else f"; {known}{os.sep} is as far as it goes"
+    return f"{key}: {value} does not exist{hint if len(hint) < 300 else ''}"
+
+
+# -------------------------------------------------------------------------------- what Hydra's errors mean
+def explain(error: Exception, name: str) -> str:
+    """Word an error of Hydra or OmegaConf: what is wrong, and the nearest valid key."""
+    cause = error.__cause__ or error.__context__
+    text = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group or 'config'}={choice}: no such choice{nearest(choice, error.options or [])}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read as key=value\n"
+            "values with , = : ( ) [ ] { } or blanks need quotes within quotes, e.g. 'input=\"a, b.mp4\"'"
+        )
+    if isinstance(error, ConfigCompositionException) and "Could not override" in text:
+        key = text.split("'")[1]
+        if "No match in the defaults list" in text:
+            return f"{key}: no such group{nearest(key, groups())}"
+        full = getattr(cause, "full_key", None) or key
+        return f"{full}: unknown key{nearest_key(full, name)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    return "\n".join(text.splitlines()[:3])
+
+
+def nearest_key(key: str, name: str) -> str:
+    """Suggest the key of the task's own configuration that is closest to a mistyped one."""
+    from hydra import compose, initialize_config_dir
+
+    choices = [a for a in sys.argv[1:] if a.partition("=")[0] in groups()]
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        cfg = compose(name, overrides=choices)
+    keys = list(flatten(cfg))
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    by_leaf = nearest(leaf, {k.rpartition(".")[2] for k in siblings})
+    if by_leaf.startswith("; did you mean") or not parent:
+        found = by_leaf if by_leaf.startswith("; did you mean") else nearest(key, keys)
+        return found.replace("mean ", f"mean {parent}.") if parent and found == by_leaf else found
+    found = nearest(key, keys)
+    return found if found.startswith("; did you mean") else by_leaf
+
+
+def flatten(cfg: Any, path: str = "") -> list[str]:
+    """List every dotted key of a configuration."""
+    keys: list[str] = []
+    for key in cfg:
+        where = f"{path}.{key}" if path else str(key)
+        keys.append(where)
+        if not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg._get_node(key)):
+            keys += flatten(cfg._get_node(key), where)
+    return keys
+
+
+def groups() -> list[str]:
+    """List the config groups, such as `model` and `model/net`."""
+    root = Path(conf_dir())
+    return sorted({str(path.parent.relative_to(root)) for path in root.rglob("*.yaml") if path.parent != root})
+
+
+train = command("train")
+evaluate = command("evaluate")
+reconstruct = command("reconstruct")
+make_data = command("make_data")
