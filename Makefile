@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 # data of the demo: a folder of videos; empty: moving shapes made on the spot
 DATA ?=
 DEMO ?= demo
+DEMO_HELD_OUT = $(or $(DATA),$(DEMO)/videos/val)
 
 .PHONY: help install demo test test-slow lint format type build lock clean
 
@@ -27,8 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## train a small WF-VAE, reconstruct, measure; DATA=DIR takes your videos
-	@$(RUN)/python benchmarks/demo.py $(if $(DATA),data=$(DATA)) out=$(DEMO)
+demo: install  ## train a small WF-VAE, reconstruct and measure; DATA=DIR takes your own folder of videos
+	rm -rf $(DEMO)
+ifeq ($(DATA),)
+	$(RUN)/praxino-make-data out=$(DEMO)/videos
+	$(RUN)/python train.py experiment=demo data.root=$(DEMO)/videos/train data.val_root=$(DEMO)/videos/val out=$(DEMO)/run
+else
+	$(RUN)/python train.py experiment=demo data.root="$(DATA)" frames=9 size=64 batch=4 out=$(DEMO)/run
+endif
+	$(RUN)/python reconstruct.py vae=$(DEMO)/run input="$(DEMO_HELD_OUT)" out=$(DEMO)/reconstructions limit=6 frames=33 side_by_side=true
+	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root="$(DEMO_HELD_OUT)" $(DEMO_CLIP) out=$(DEMO)/evaluation
+	@echo "Look at $(DEMO)/reconstructions/side_by_side, $(DEMO)/run/media and $(DEMO)/evaluation/metrics.csv"
 
 test: install  ## run the test suite without the slow tests
 	$(RUN)/python -m pytest -m "not slow"

@@ -23,3 +23,16 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="0/1", help="run the k-th of n parts of the tests, as k/n")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every n-th test of those selected by `-m`, beginning with the k-th."""
+    k, n = (int(number) for number in config.getoption("--part").split("/"))
+    if n > 1:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if item not in slow[k::n]])
+        items[:] = slow[k::n]

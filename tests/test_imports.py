@@ -1,4 +1,4 @@
-"""The import rules: a module imports praxino's modules of lower layers only, and heavy libraries only where they belong."""
+"""The import rules: modules import lower layers only, and heavy libraries only where they belong."""
 
 import ast
 from pathlib import Path
@@ -24,7 +24,19 @@ ALLOWED = {
     "callbacks": {"ops", "models", "losses", "metrics", "video", "data", "lit", "stream"},
     "config": set(),
     "checkpoint": {"ops", "models", "stream"},
-    "tasks": {"ops", "models", "losses", "metrics", "video", "stream", "data", "lit", "callbacks", "config", "checkpoint"},
+    "tasks": {
+        "ops",
+        "models",
+        "losses",
+        "metrics",
+        "video",
+        "stream",
+        "data",
+        "lit",
+        "callbacks",
+        "config",
+        "checkpoint",
+    },
     "cli": {"tasks", "config"},
 }
 # where these libraries may be imported
@@ -62,10 +74,16 @@ def test_imports_point_downward(path: Path) -> None:
         if top == "praxino" and rest:
             assert rest[0] in ALLOWED[part] | {part, "errors", "__version__"}, f"{name} may not import {imported}"
         if top in LIBRARIES:
-            assert any(name == place or name.startswith(f"{place}/") for place in LIBRARIES[top]), f"{name} may not import {top}"
+            assert any(name == place or name.startswith(f"{place}/") for place in LIBRARIES[top]), (
+                f"{name} may not import {top}"
+            )
 
 
 def test_cli_needs_no_torch() -> None:
-    top_level = {alias.name if isinstance(node, ast.Import) else node.module for node in ast.parse((ROOT / "cli.py").read_text()).body
-                 if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    top_level = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.parse((ROOT / "cli.py").read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
     assert not {name for name in top_level if name and name.split(".")[0] in {"torch", "lightning"}}

@@ -11,12 +11,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -44,12 +39,17 @@ def command(name: str) -> Callable[[], None]:
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)()
         except PraxinoError as error:
             fail(str(error), error.exit_code)
-        except (HydraException, OmegaConfBaseException) as error:
-            fail(explain(error, name), ConfigError.exit_code)
         except KeyboardInterrupt:
             fail("interrupted", 130)
+        except Exception as error:
+            if composed:
+                raise
+            fail(explain(error, name), ConfigError.exit_code)
+
+    composed: list[bool] = []  # whether Hydra has done its part, after which an error is ours
 
     def job(cfg: DictConfig) -> Any:
+        composed.append(True)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             with open_dict(cfg):
                 cfg.out = HydraConfig.get().runtime.output_dir
@@ -78,10 +78,8 @@ def check_flags() -> None:
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        unknown = message.rpartition(": ")[2].split(" ")[0]
-        hint = unknown.lstrip("-").partition("=")[0] or "key"
-        raise ConfigError(f"{message}; settings are written key=value, e.g. {hint}=...{nearest(unknown, flags)}")
+        hint = message.rpartition(": ")[2].split(" ")[0].lstrip("-").partition("=")[0] or "key"
+        raise ConfigError(f"{message}; settings are written without dashes, {hint}=...; --help shows the most used")
 
     parser.error = error  # type: ignore[method-assign,assignment]
     parser.parse_args()

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from praxino.errors import ConfigError
 
-# What a `_target_` may name besides praxino's own classes and functions. Hydra itself only keeps a list of what it refuses.
+# What a `_target_` may name besides praxino's own classes and functions; Hydra only keeps a list of what it refuses.
 ALLOWED_TARGETS = frozenset(
     [
         "lightning.pytorch.Trainer",
@@ -39,7 +39,7 @@ SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 
 
 def conf_dir() -> str:
-    """Return the folder of the YAML files: inside the installed package, or the repository's own of an editable install."""
+    """Return the folder of the YAML files: in the installed package, or the repository's own of an editable install."""
     package = Path(__file__).resolve().parent
     return str(package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf")
 
@@ -75,7 +75,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_call(function: Callable[..., Any], cfg: DictConfig) -> dict[str, Any]:
-    """Compare a configuration with the signature of the function that takes its keys as arguments; return them resolved."""
+    """Compare a configuration with the signature of the function that takes its keys; return them resolved."""
     report([*unresolved(cfg), *signature_errors(function, cfg, "", partial=False)])
     return plain(cfg)
 
@@ -84,7 +84,10 @@ def report(problems: list[str]) -> None:
     """Raise one ConfigError of at most three lines, if there are problems."""
     problems = list(dict.fromkeys(problems))
     if len(problems) > 3:
-        problems = [*problems[:2], f"and {len(problems) - 2} more: {', '.join(p.split(':')[0] for p in problems[2:10])}"]
+        problems = [
+            *problems[:2],
+            f"and {len(problems) - 2} more: {', '.join(p.split(':')[0] for p in problems[2:10])}",
+        ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -93,7 +96,7 @@ def unresolved(cfg: DictConfig) -> Iterator[str]:
     """Find the mandatory values that are missing and the interpolations that lead nowhere."""
     missing = OmegaConf.missing_keys(cfg)
     for key in sorted(missing):
-        yield f"{key}: a value is required, e.g. {key}={'DIR' if key.endswith(('root', 'out', 'input', 'vae')) else '...'}"
+        yield f"{key}: a value is required, e.g. {key}=PATH"
     if missing:
         return
     try:
@@ -164,7 +167,9 @@ def type_error(hint: Any, value: Any) -> str | None:
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["type"] != "is_instance_of")
+        reasons = dict.fromkeys(
+            e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["type"] != "is_instance_of"
+        )
         return f"{value!r}: {' or '.join(list(reasons)[:3]) or 'wrong type'}"
     if isinstance(value, bool) and hint in (int, float, int | None, float | None):
         return f"{value!r}: input should be a number"
@@ -193,7 +198,7 @@ def dotted(path: str, key: str) -> str:
 def locate(target: str) -> Callable[..., Any]:
     """Import what a `_target_` names.
 
-    Only praxino's own public classes and functions and `ALLOWED_TARGETS` are admitted, so that a configuration from a stranger
+    Only praxino's own classes and functions and `ALLOWED_TARGETS` are admitted, so that a configuration from a stranger
     runs no code of its choice. What was found is checked again: `praxino.video.os.system` is not praxino's.
     """
     if target not in ALLOWED_TARGETS and not target.startswith("praxino."):

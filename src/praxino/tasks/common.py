@@ -1,0 +1,105 @@
+"""What the tasks share: the run directory, the device, tables, and rows on disk."""
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from praxino.config import redacted
+from praxino.errors import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["32", "bf16"]
+
+
+def versions() -> dict[str, Any]:
+    """Return what a result depends on: the libraries, the interpreter, the machine."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("praxino", "torch", "lightning", "hydra-core", "torchmetrics", "av", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["threads"] = torch.get_num_threads()
+    return found
+
+
+def make_directory(path: str | Path) -> Path:
+    """Create the output directory and make sure that it can be written to."""
+    out = Path(path).expanduser().absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"out={out} cannot be written: {error.strerror}") from error
+    return out
+
+
+def describe_run(cfg: DictConfig, out: Path, overrides: Iterable[str]) -> None:
+    """Write config, overrides and versions into the run directory, without secrets, and keep the log beside them."""
+    write_atomic(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(cfg)))))
+    write_atomic(out / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
+    write_atomic(out / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    handler = logging.FileHandler(out / "log.txt", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device of a name; `auto` takes an accelerator where there is one."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def precision_context(device: torch.device, precision: Precision) -> Any:
+    """Return the autocast context of a precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all; names that are not UTF-8 survive as escapes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, in ASCII, so that any file name can be written."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[str]) -> None:
+    """Print a small table on the console."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else ascii_safe(cell) for cell in row))
+    Console().print(table)
+
+
+def ascii_safe(value: Any) -> str:
+    """Return text that any terminal can show: bytes of a name that are not UTF-8 become escapes."""
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,215 @@
+"""Evaluate: PSNR and SSIM of a VAE's reconstructions, or between two folders of videos, one row a video."""
+
+import csv
+import io
+import json
+import logging
+import statistics
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from praxino import checkpoint
+from praxino.config import check_call
+from praxino.data.clips import ClipSampler, Short
+from praxino.data.scan import Entry, scan
+from praxino.data.transforms import Resize, Size
+from praxino.data.videos import VideoClips, collate
+from praxino.errors import ConfigError, DataError
+from praxino.metrics.image import psnr, ssim
+from praxino.models.vae import VideoVAE
+from praxino.tasks.common import (
+    Precision,
+    make_directory,
+    pick_device,
+    precision_context,
+    show_table,
+    versions,
+    write_atomic,
+    write_jsonl,
+)
+from praxino.video import DecodeFailure, Video, to_float
+
+log = logging.getLogger(__name__)
+
+METRICS = {"psnr": psnr, "ssim": ssim}
+Row = dict[str, Any]
+Rejected = list[dict[str, Any]]
+
+
+class Data(TypedDict):
+    """Where the videos are."""
+
+    root: str | None
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Check a configuration against `evaluate` and call it."""
+    return evaluate(**check_call(evaluate, cfg))
+
+
+def evaluate(
+    out: str,
+    vae: str | None = None,
+    data: Data | None = None,
+    real: str | None = None,
+    fake: str | None = None,
+    frames: int = 17,
+    stride: int = 1,
+    size: Size = 256,
+    short: Short = "drop",
+    limit: int | None = None,
+    batch: int = 1,
+    workers: int = 2,
+    weights: Literal["ema", "raw"] = "ema",
+    device: str = "auto",
+    precision: Precision = "32",
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """Measure a VAE on `data.root`, in memory, or the videos under `fake` against their namesakes under `real`.
+
+    With a VAE, a clip is the first `frames` frames at `stride` of each video, resized and centre-cropped to `size`; the
+    decoded posterior mean is clamped to [-1, 1] and not rounded. Two folders are compared as their files decode, all
+    frames at their own size. A score of a video is the mean over its frames.
+
+    Returns:
+        the content of metrics.json: n, mean and std over the videos of each metric, protocol, versions.
+    """
+    target, root = make_directory(out), (data or {}).get("root")
+    rejected: Rejected = []
+    if vae and root and not (real or fake):
+        chosen = pick_device(device)
+        model = checkpoint.load(vae, weights=weights, device=chosen)
+        clips = ClipSampler(frames, stride, short=short, where="start")
+        loader = load_clips(root, clips, Resize(size), limit, batch, workers, cache_dir, rejected)
+        with precision_context(chosen, precision):
+            rows = score_reconstructions(model, loader, chosen, rejected)
+        protocol: Row = {"vae": vae, "root": root, "frames": frames, "stride": stride, "size": size, "short": short}
+        protocol |= {"weights": weights, "precision": precision, "latent": "posterior mean"}
+    elif real and fake and not (vae or root):
+        rows = score_folders(Path(real), Path(fake), limit, cache_dir, rejected)
+        protocol = {"real": real, "fake": fake, "frames": "all", "size": "as stored"}
+    else:
+        raise ConfigError("nothing to compare: give vae=PATH data.root=DIR, or real=DIR fake=DIR")
+    write_jsonl(target / "rejected.jsonl", rejected)
+    if not rows:
+        raise DataError(f"no video could be measured: see {target / 'rejected.jsonl'}")
+
+    protocol |= {"psnr": "data range 1, 100 dB at most, mean over frames"}
+    protocol |= {"ssim": "data range 1, gaussian 11x11 of sigma 1.5, valid window, mean over frames"}
+    summary = {metric: describe([row[metric] for row in rows]) for metric in METRICS}
+    result = {**summary, "n": len(rows), "rejected": len(rejected), "protocol": protocol, "versions": versions()}
+    write_csv(target / "metrics.csv", rows)
+    write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
+    show_table(
+        f"{len(rows)} videos measured, {len(rejected)} passed over; see {target / 'metrics.csv'}",
+        [(name, score["mean"], score["std"], score["n"]) for name, score in summary.items()],
+        ("metric", "mean", "std", "videos"),
+    )
+    return result
+
+
+def load_clips(
+    root: str,
+    clips: ClipSampler,
+    resize: Resize,
+    limit: int | None,
+    batch: int,
+    workers: int,
+    cache_dir: str | None,
+    rejected: Rejected,
+) -> DataLoader:
+    """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
+    manifest = scan(root, cache_dir=cache_dir)
+    rejected += [rejection.to_json() for rejection in manifest.rejected]
+    entries: list[Entry] = []
+    for entry in manifest.videos:
+        if clips.short != "drop" or clips.fits(entry.info.frames, entry.info.fps):
+            entries.append(entry)
+        else:
+            detail = f"{entry.info.frames} frames, {1 + (clips.frames - 1) * clips.stride} needed"
+            rejected.append({"path": entry.path, "reason": "too_short", "detail": detail})
+    if not entries:
+        raise DataError(manifest.nothing_usable() if not manifest.videos else f"{root}: all videos are too short")
+    dataset = VideoClips(root, entries[:limit], clips, resize, tries=0)
+    return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
+
+
+@torch.inference_mode()
+def score_reconstructions(model: VideoVAE, loader: DataLoader, device: torch.device, rejected: Rejected) -> list[Row]:
+    """Send every clip through the VAE and measure what comes back."""
+    rows: list[Row] = []
+    for clips in loader:
+        rejected += [failure.to_json() for failure in clips["failures"]]
+        if "error" in clips:
+            raise DataError(clips["error"])
+        if "video" not in clips:
+            continue
+        x = to_float(clips["video"].to(device))  # (B, C, T, H, W)
+        y = model.decode(model.encode(x).mode()).float().clamp(-1, 1)
+        scores = {name: metric(x, y).tolist() for name, metric in METRICS.items()}
+        for index, path in enumerate(clips["path"]):
+            rows.append({"path": path, "frames": x.shape[2], **{name: scores[name][index] for name in METRICS}})
+    return rows
+
+
+def score_folders(real: Path, fake: Path, limit: int | None, cache_dir: str | None, rejected: Rejected) -> list[Row]:
+    """Compare the videos of two trees that have the same path but for the suffix."""
+    found = {}
+    for root in (real, fake):
+        manifest = scan(root, cache_dir=cache_dir)
+        rejected += [rejection.to_json() for rejection in manifest.rejected]
+        found[root] = pair_names([entry.path for entry in manifest.videos])
+    if lone := sorted(found[real].keys() ^ found[fake].keys()):
+        side = "fake" if lone[0] in found[real] else "real"
+        counts = f"{len(found[real])} real and {len(found[fake])} fake videos, {len(lone)} without a partner"
+        raise DataError(f"{counts}; first: {lone[0]!a} is missing under {side}={fake if side == 'fake' else real}")
+    rows: list[Row] = []
+    for name in sorted(found[real])[:limit]:
+        try:
+            rows.append(score_pair(real / found[real][name], fake / found[fake][name], found[fake][name]))
+        except DecodeFailure as failure:
+            rejected.append({"path": failure.path, "reason": failure.reason, "detail": failure.detail})
+    return rows
+
+
+def score_pair(real: Path, fake: Path, name: str, chunk: int = 16) -> Row:
+    """Measure two videos frame by frame, chunk by chunk."""
+    with Video(real) as first, Video(fake) as second:
+        shapes = [(v.info.frames, v.info.height, v.info.width) for v in (first, second)]
+        if shapes[0] != shapes[1]:
+            sizes = " and ".join(f"{t} frames of {h}x{w}" for t, h, w in shapes)
+            raise DataError(f"{name!a}: real and fake differ, {sizes}")
+        sums, count = torch.zeros(len(METRICS), dtype=torch.float64), 0
+        for a, b in zip(first.chunks(chunk), second.chunks(chunk), strict=True):
+            x, y = to_float(a)[None], to_float(b)[None]
+            sums += len(a) * torch.cat([metric(x, y) for metric in METRICS.values()]).double()
+            count += len(a)
+    return {"path": name, "frames": count, **dict(zip(METRICS, (sums / count).tolist(), strict=True))}
+
+
+def pair_names(paths: list[str]) -> dict[str, str]:
+    """Return the paths under their names without suffix, or with it where two would be alike."""
+    stems = [str(Path(path).with_suffix("")) for path in paths]
+    return {stem if stems.count(stem) == 1 else path: path for stem, path in zip(stems, paths, strict=True)}
+
+
+def describe(values: list[float]) -> dict[str, float]:
+    """Return mean, sample standard deviation (0 of one value) and number of the values."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "n": len(values),
+    }
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Write rows as CSV, a column a key."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())

@@ -1,0 +1,176 @@
+"""Reconstruct: every video under a path through the VAE and back to disk, at any length, with PSNR and SSIM of each."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from praxino import checkpoint, stream
+from praxino.config import check_call
+from praxino.data.scan import scan
+from praxino.data.transforms import Resize, Size
+from praxino.errors import ConfigError, DataError
+from praxino.metrics.image import psnr, ssim
+from praxino.models.vae import VideoVAE
+from praxino.tasks.common import Precision, make_directory, pick_device, precision_context, show_table, write_jsonl
+from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Check a configuration against `reconstruct` and call it."""
+    return reconstruct(**check_call(reconstruct, cfg))
+
+
+def reconstruct(
+    vae: str,
+    input: str,
+    out: str,
+    frames: int | None = None,
+    stride: int = 1,
+    size: Size = None,
+    chunk: int | None = None,
+    save_original: bool = False,
+    side_by_side: bool = False,
+    limit: int | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    lossless: bool = False,
+    quality: int = 18,
+    device: str = "auto",
+    precision: Precision = "32",
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """Encode and decode videos; write them, and a row for each. One bad video does not end the run.
+
+    Args:
+        vae: whatever `praxino.load` reads.
+        input: a video, an image, a folder of frames, or a tree of them, which is mirrored under `out`.
+        frames: frames of each video, from its start; None takes all of them, in constant memory.
+        stride: every `stride`-th frame.
+        size: a square of that many pixels, or [height, width], resized and centre-cropped; None keeps the video's own.
+        chunk: frames a push; the result does not depend on it. None fits it to the frame size.
+        save_original: write the exact clips that the VAE was fed, without loss, under `out/origin`.
+        side_by_side: write original | reconstruction under `out/side_by_side`.
+        lossless: write the reconstructions without loss; otherwise H.264 of constant rate factor `quality`.
+
+    Returns:
+        videos, frames, rejected and the means of psnr (dB) and ssim over the videos.
+    """
+    root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()
+    if target == root or root in target.parents:
+        raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
+    target = make_directory(target)
+    model = checkpoint.load(vae, weights=weights, device=(chosen := pick_device(device)))
+    manifest = scan(root, cache_dir=cache_dir)
+    if not manifest.videos:
+        raise DataError(manifest.nothing_usable())
+    entries = manifest.videos[:limit]
+    rejected = [rejection.to_json() for rejection in manifest.rejected]
+    copies = {"origin": save_original, "side_by_side": side_by_side}
+
+    rows: list[dict[str, Any]] = []
+    for entry, name in zip(entries, output_names([entry.path for entry in entries]), strict=True):
+        paths = {"reconstruction": target / name, **{kind: target / kind / name for kind in copies if copies[kind]}}
+        try:
+            with Video(root / entry.path) as video, precision_context(chosen, precision):
+                clip = Clip(video, frames, stride, Resize(size) if size is not None else None, chunk)
+                row = clip.through(model, chosen, paths, lossless, quality)
+        except DecodeFailure as failure:
+            log.warning("%s", failure)
+            rejected.append({"path": entry.path, "reason": failure.reason, "detail": failure.detail})
+            continue
+        rows.append({"path": entry.path, "output": name, **row})
+        log.info("%s: %d frames, PSNR %.2f dB, SSIM %.4f", name, row["frames"], row["psnr"], row["ssim"])
+
+    write_jsonl(target / "reconstructions.jsonl", rows)
+    write_jsonl(target / "rejected.jsonl", rejected)
+    if not rows:
+        raise DataError(f"none of {len(entries)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
+    means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in ("psnr", "ssim")}
+    show_table(
+        f"Reconstructions in {target}",
+        [*((row["path"], row["frames"], row["psnr"], row["ssim"]) for row in rows), ("mean", "", *means.values())],
+        ("video", "frames", "PSNR dB", "SSIM"),
+    )
+    if rejected:
+        log.warning("%d files passed over, see %s", len(rejected), target / "rejected.jsonl")
+    return {"videos": len(rows), "frames": sum(row["frames"] for row in rows), "rejected": len(rejected), **means}
+
+
+class Clip:
+    """The part of a video that goes through the VAE, read chunk by chunk."""
+
+    def __init__(self, video: Video, frames: int | None, stride: int, resize: Resize | None, chunk: int | None) -> None:
+        info = video.info
+        self.video, self.stride = video, stride
+        self.geometry = resize(info.height, info.width) if resize else None
+        self.size = [self.geometry.height, self.geometry.width] if self.geometry else [info.height, info.width]
+        self.stop = None if frames is None else min(info.frames, (frames - 1) * stride + 1)
+        self.chunk = chunk or fitting_chunk(*self.size)
+        self.fps = info.fps / stride
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.video.chunks(self.chunk, 0, self.stop, self.stride, self.geometry))
+
+    @torch.inference_mode()
+    def through(
+        self, model: VideoVAE, device: torch.device, paths: dict[str, Path], lossless: bool, quality: int
+    ) -> dict[str, Any]:
+        """Reconstruct the clip, write what `paths` asks for, and return its row."""
+        started = time.perf_counter()
+        count, sums = 0, torch.zeros(2, dtype=torch.float64)
+        with ExitStack() as stack:
+            writers = {
+                kind: stack.enter_context(
+                    Writer(path, self.fps, "lossless" if lossless or kind == "origin" else None, quality)
+                )
+                for kind, path in paths.items()
+            }
+            for source, y in pairs(model, self, device):
+                x = to_float(source).to(device)
+                pictures = {"reconstruction": to_uint8(y), "origin": source}
+                pictures["side_by_side"] = torch.cat([source, pictures["reconstruction"]], dim=-2)
+                for kind, writer in writers.items():
+                    writer.add(pictures[kind])
+                sums += len(source) * torch.cat([psnr(x[None], y[None]), ssim(x[None], y[None])]).double().cpu()
+                count += len(source)
+        scores = dict(zip(("psnr", "ssim"), (sums / count).tolist(), strict=True))
+        seconds = round(time.perf_counter() - started, 3)
+        return {"frames": count, "size": self.size, "fps": float(self.fps), **scores, "seconds": seconds}
+
+
+def pairs(model: VideoVAE, chunks: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the frames `(t, H, W, 3)` in uint8 and their reconstruction `(3, t, H, W)`, as the decoder lets them go."""
+    waiting: list[Tensor] = []
+
+    def feed() -> Iterator[Tensor]:
+        for chunk in chunks:
+            waiting.append(chunk)
+            yield to_float(chunk).to(device)
+
+    for y in stream.reconstruct(model, feed()):
+        held = torch.cat(waiting)
+        waiting[:] = [held[y.shape[1] :]]
+        yield held[: y.shape[1]], y.float().clamp(-1, 1)
+
+
+def fitting_chunk(height: int, width: int) -> int:
+    """Return how many frames go through the VAE at once: about a million pixels, and a multiple of 8 frames or few."""
+    frames = 2**20 // (height * width)
+    return min(64, frames // 8 * 8) if frames >= 8 else max(1, frames)
+
+
+def output_names(paths: list[str]) -> list[str]:
+    """Mirror the paths as mp4 files; two videos that differ in their suffix alone keep it in their names."""
+    stems = Counter(str(Path(path).with_suffix("")).casefold() for path in paths)
+    unique = [stems[str(Path(path).with_suffix("")).casefold()] == 1 for path in paths]
+    names = [str(Path(p).with_suffix("") if u else p) + ".mp4" for p, u in zip(paths, unique, strict=True)]
+    return names

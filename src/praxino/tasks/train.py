@@ -1,0 +1,121 @@
+"""Train: a composed configuration becomes data, model, callbacks and trainer, and `trainer.fit` does the rest."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from praxino import checkpoint
+from praxino.callbacks.checkpoint import Checkpoint, DurableIO
+from praxino.callbacks.record import RunLog, SafeLogger
+from praxino.config import check, instantiate, plain, redacted
+from praxino.errors import ConfigError
+from praxino.models.vae import VideoVAE
+from praxino.tasks.common import describe_run, make_directory
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train the model of a configuration; return the step reached and the last metrics.
+
+    Raises:
+        PraxinoError: what can go wrong, in one message.
+    """
+    check(cfg)
+    out = make_directory(cfg.out)
+    resume = resume_from(cfg.ckpt, out)
+    quiet_lightning()
+    pl.seed_everything(cfg.seed, workers=False, verbose=False)
+
+    data = instantiate(cfg.data)
+    model = instantiate(cfg.model)
+    check_clip(model.net, cfg.frames, plain(cfg.size))
+    if cfg.weights is not None:
+        load_weights(model.net, cfg.weights)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    for callback in callbacks:
+        if isinstance(callback, Checkpoint):
+            callback.config = redacted(plain(cfg))
+    loggers = [RunLog(str(out)), *(SafeLogger(instantiate(logger)) for logger in cfg.logger.values() if logger)]
+    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[DurableIO()])
+    if trainer.is_global_zero:
+        describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+        describe_training(model.net, trainer, out, resume)
+
+    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
+        log.info("done: step %d%s; everything is in %s", trainer.global_step, f", {scores}" if scores else "", out)
+    return {"step": trainer.global_step, **metrics}
+
+
+def resume_from(ckpt: str | None, out: Path) -> Path | None:
+    """Return the checkpoint to go on from: none, the newest good one of this run, or a named file."""
+    existing = sorted((out / "checkpoints").glob("step-*.ckpt"))
+    if ckpt is None:
+        if existing:
+            raise ConfigError(f"out={out} holds a run already: ckpt=last goes on with it, another out begins a new one")
+        return None
+    if ckpt == "last":
+        if not existing:
+            raise ConfigError(f"ckpt=last: {out / 'checkpoints'} holds no checkpoint; leave ckpt out to begin a run")
+        return checkpoint.find_last(out)
+    path = Path(ckpt).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"ckpt={ckpt}: no such file; ckpt=last takes the newest of out, a path takes that file")
+    return path
+
+
+def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
+    """Make sure that clips of the data fit the model."""
+    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
+    try:
+        net.check_video((1, 3, frames, height, width))
+    except ValueError as error:
+        raise ConfigError(f"frames={frames} size={size}: {error}") from error
+
+
+def load_weights(net: VideoVAE, path: str) -> None:
+    """Copy the weights of any checkpoint that `praxino.load` reads, all of them and nothing else."""
+    source = checkpoint.load(path).state_dict()
+    target = net.state_dict()
+    differing = [key for key in target.keys() | source.keys() if key not in source or key not in target]
+    differing += [key for key in target.keys() & source.keys() if target[key].shape != source[key].shape]
+    if differing:
+        some = ", ".join(sorted(differing)[:3])
+        raise ConfigError(
+            f"weights={path} do not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. {some}; "
+            "choose the model/net that they were trained with"
+        )
+    net.load_state_dict(source)
+
+
+def describe_training(net: VideoVAE, trainer: pl.Trainer, out: Path, resume: Path | None) -> None:
+    """Say in two lines what is about to happen."""
+    count = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    stride = "x".join(map(str, net.stride))
+    devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}"
+    log.info(
+        "%s, %.1fM parameters, stride %s, %d latent channels, on %s",
+        type(net).__name__,
+        count / 1e6,
+        stride,
+        net.latent_channels,
+        devices,
+    )
+    steps = "no limit" if trainer.max_steps < 0 or math.isinf(trainer.max_steps) else f"{trainer.max_steps} steps"
+    log.info("%s to %s, run directory %s", f"from {resume.name}" if resume else "from the start", steps, out)
+
+
+def quiet_lightning() -> None:
+    """Leave Lightning's warnings, drop its chatter, and let every line appear once."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.WARNING)
