@@ -1,0 +1,311 @@
+"""Load models from every kind of checkpoint, and write the official kinds.
+
+A checkpoint may come from a stranger: nothing in it is executed (`weights_only=True`, always explicit), and the model
+class comes from a list here, not from the file.
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from praxino.errors import CheckpointError, ConfigError, PraxinoError
+from praxino.models.vae import FORMAT, VideoVAE, describe
+from praxino.models.wfvae import WFVAE
+
+__all__ = ["describe", "find_last", "load", "save_official", "save_official_ckpt", "verify"]
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["ema", "raw"]
+MODELS: dict[str, type[VideoVAE]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE,)}
+OFFICIAL = {cls.official_name: cls for cls in MODELS.values()}
+CONFIG, SAFETENSORS = "config.json", "diffusion_pytorch_model.safetensors"
+PREFIX = "net."  # of the model in a LightningModule's state dict
+
+
+def load(
+    path: str | os.PathLike[str],
+    weights: Weights = "ema",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> VideoVAE:
+    """Rebuild a model, in eval mode, from its checkpoint alone.
+
+    Args:
+        path: a praxino checkpoint, a run directory (its newest sound checkpoint is taken), an official directory
+            (config.json beside diffusion_pytorch_model.safetensors or a .ckpt) or an official .ckpt.
+        weights: the moving average if there is one, or the raw weights.
+        device: where to put the model.
+        dtype: of the weights; as stored by default.
+
+    Raises:
+        CheckpointError: nothing usable there, or it does not fit.
+    """
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"weights={weights!r} is unknown: use ema or raw.")
+    path = Path(path)
+    if path.is_dir():
+        vae = load_directory(path, weights)
+    elif path.is_file():
+        vae = load_safetensors(path) if path.suffix == ".safetensors" else load_ckpt(path, weights)
+    else:
+        raise CheckpointError(f"{path}: no such file or directory: give a checkpoint, a run or an official directory.")
+    return vae.to(device=device, dtype=dtype).eval()
+
+
+def load_directory(path: Path, weights: Weights) -> VideoVAE:
+    """Load a run directory or an official directory."""
+    if (path / SAFETENSORS).is_file():
+        return load_safetensors(path / SAFETENSORS)
+    if (path / "checkpoints").is_dir():
+        last = find_last(path)
+        if last is None:
+            raise CheckpointError(f"{path / 'checkpoints'}: no sound step-*.ckpt: give another run or checkpoint.")
+        return load_ckpt(last, weights)
+    found = sorted(path.glob("*.ckpt"), key=step_of)
+    if not found:
+        raise CheckpointError(
+            f"{path}: neither a run (checkpoints/step-*.ckpt) nor an official directory ({CONFIG} with {SAFETENSORS} "
+            "or a .ckpt): give one of them, or a file."
+        )
+    if len(found) > 1:
+        log.warning("%s: %d checkpoints, the one of the highest step is taken: %s", path, len(found), found[-1].name)
+    return load_ckpt(found[-1], weights)
+
+
+def find_last(run: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint of a run that is sound, with one warning for each that is not."""
+    for path in sorted(Path(run, "checkpoints").glob("step-*.ckpt"), key=step_of, reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            log.warning("rejected: %s", error)
+        else:
+            return path
+    return None
+
+
+def step_of(path: Path) -> tuple[int, str]:
+    """Sort by the last number in the name."""
+    numbers = re.findall(r"\d+", path.stem)
+    return (int(numbers[-1]) if numbers else -1, path.name)
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless the file is whole: torch.load itself ignores the checksums of the zip archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({one_line(error)}): give another one.") from error
+    if broken is not None:
+        raise CheckpointError(f"{path}: damaged (checksum of {broken}): give another one.")
+
+
+def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
+    """Load a praxino or an official checkpoint file."""
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a crafted file provokes
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and plain data ({one_line(error)}): "
+            "export the weights to safetensors where you trust them."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint: give another file.")
+    if "praxino" in content:
+        return load_praxino(path, content, weights)
+    config = read_config(path.parent / CONFIG)
+    return build_official(path, config, official_state(path, content, weights))
+
+
+def load_praxino(path: Path, content: Mapping[str, Any], weights: Weights) -> VideoVAE:
+    """Rebuild the model that a praxino checkpoint describes."""
+    header = content["praxino"]
+    try:
+        version, kind, name = header["format"], header["kind"], header["model"]["class"]
+        config, statistics = dict(header["model"]["config"]), header["statistics"]
+        state = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
+        ema = (content.get("ema") or {}).get("weights")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its description is not readable ({one_line(error)}): give another one."
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}: use the praxino that wrote it.")
+    if kind != "vae" or name not in MODELS:
+        raise CheckpointError(f"{path}: holds the {kind} {name}: give a video autoencoder ({', '.join(MODELS)}).")
+    if weights == "ema" and not ema:
+        log.info("%s: no moving average, the raw weights are taken", path)
+    vae = build(path, MODELS[name], config, ema if weights == "ema" and ema else state)
+    if statistics is not None:
+        vae.set_statistics(statistics["mean"], statistics["std"])
+    return vae
+
+
+def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """Pick the weights out of an official checkpoint: moving average, else the model, else a bare state dict."""
+    state = content.get("state_dict", content)
+    candidates = [state.get("gen_model"), state] if isinstance(state, Mapping) else []
+    if weights == "ema":
+        candidates.insert(0, content.get("ema_state_dict"))
+    for candidate in candidates:
+        if isinstance(candidate, Mapping) and candidate:
+            return {str(key).removeprefix("module."): value for key, value in candidate.items()}
+    raise CheckpointError(f"{path}: no weights (ema_state_dict, state_dict.gen_model, state_dict): give another file.")
+
+
+def load_safetensors(path: Path) -> VideoVAE:
+    """Load official weights beside their config.json."""
+    config = read_config(path.parent / CONFIG)
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors ({one_line(error)}): copy it again.") from error
+    return build_official(path, config, state)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an official config.json."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing: put the official {CONFIG} beside the weights.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)}): copy it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no JSON object: put the official {CONFIG} there.")
+    return config
+
+
+def build_official(path: Path, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
+    """Build the model that an official config names."""
+    name = config.get("_class_name", WFVAE.official_name)
+    if name not in OFFICIAL:
+        raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join(OFFICIAL)}.")
+    return build(path, OFFICIAL[name], config, state)
+
+
+def build(path: Path, cls: type[VideoVAE], config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
+    """Construct a model and give it exactly these weights; the fixed filters may be missing, but not differ."""
+    extra = {key: value for key, value in config.items() if key.startswith("_")}
+    known = {key: value for key, value in config.items() if key not in extra}
+    names = list(inspect.signature(cls).parameters)
+    for key in known:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{cls.__name__} takes {', '.join(names)}."
+            raise CheckpointError(f"{path}: config key {key!r} is unknown: {hint}")
+    try:
+        with torch.device("meta"):
+            vae = cls(**known)
+    except (PraxinoError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its config does not fit {cls.__name__}: {one_line(error)}") from error
+    filters = vae.fixed_filters()
+    if not any(key in state for key in filters):
+        state = {**filters, **state}
+    compare(path, vae, state)
+    for key, taps in filters.items():
+        if not torch.allclose(state[key].float(), taps, atol=2e-3):
+            raise CheckpointError(f"{path}: {key} is not the Haar filter: only fixed wavelets are supported.")
+    vae.load_state_dict({key: value.clone().contiguous() for key, value in state.items()}, assign=True)
+    vae.extra = extra
+    return vae
+
+
+def compare(path: Path, vae: VideoVAE, state: dict[str, Any]) -> None:
+    """Raise CheckpointError, with the keys, unless names and shapes are exactly the model's."""
+    own = vae.state_dict()
+    missing = [key for key in own if key not in state]
+    surplus = [key for key in state if key not in own]
+    shapes = {key: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in state.items()}
+    wrong = [
+        f"{key} {shapes[key]}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and shapes[key] != tuple(own[key].shape)
+    ]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", wrong))
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{path}: the weights do not fit {type(vae).__name__}: {'; '.join(parts)}. Use the config they came with."
+        )
+
+
+def save_official(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
+    """Write config.json and diffusion_pytorch_model.safetensors as the official code does; return the directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(vae, directory)
+    state = {key: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
+    replace(directory / SAFETENSORS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    return directory
+
+
+def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVAE | None = None, step: int = 0) -> Path:
+    """Write an official training checkpoint (without optimizers or discriminator) and config.json beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_config(vae, path.parent)
+    averaged = {} if ema is None else {f"module.{k}": p.detach().cpu() for k, p in ema.named_parameters()}
+    content = {
+        "epoch": 0,
+        "current_step": step,
+        "optimizer_state": {},
+        "state_dict": {"gen_model": {k: v.detach().cpu() for k, v in vae.state_dict().items()}, "dics_model": {}},
+        "ema_state_dict": averaged,
+        "scaler_state": {},
+        "sampler_state": {},
+    }
+    replace(path, lambda temporary: torch.save(content, temporary))
+    return path
+
+
+def write_config(vae: VideoVAE, directory: Path) -> None:
+    """Write the official config.json."""
+    config = {"_class_name": vae.official_name, **vae.extra, **vae.config}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, then move it there: a reader sees the old one or the new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, short."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

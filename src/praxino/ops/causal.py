@@ -1,0 +1,158 @@
+"""Causal layers that work alike on a whole video and on its pieces.
+
+Every layer is called as `layer(x, stream)`: `x` is the next piece of the sequence, `(B, C, t, H, W)`, or None where
+no frame has come yet, and `stream` holds what the layers must remember between pieces. A whole video is one piece
+pushed into a fresh `Stream(final=True)`, so that there is only one path to get right.
+"""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Stream:
+    """The memory of one pass over one video, in one direction: layer -> what it holds back.
+
+    Set `final` with (or before) the last push. States are replaced, never changed in place: `fork` copies no tensor.
+    """
+
+    def __init__(self, final: bool = False) -> None:
+        self.final = final
+        self.pushes = 0
+        self.closed = False
+        self._states: dict[Hashable, Tensor | None] = {}
+        self._queues: dict[Hashable, Tensor] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the piece under way is the whole video."""
+        return self.final and self.pushes <= 1
+
+    def open(self) -> None:
+        """Begin a push through the model."""
+        if self.closed:
+            raise ValueError("this stream has had its last piece: use a new Stream for the next video.")
+        self.pushes += 1
+
+    def close(self) -> None:
+        """End a push; after the final one nothing may be left waiting."""
+        if not self.final:
+            return
+        assert not self._queues, f"frames left in the queues of {list(self._queues)}"
+        self._states.clear()
+        self.closed = True
+
+    def fork(self) -> "Stream":
+        """Return a stream that goes on from here on its own."""
+        copy = Stream(self.final)
+        copy.pushes, copy.closed = self.pushes, self.closed
+        copy._states, copy._queues = dict(self._states), dict(self._queues)
+        return copy
+
+    def begun(self, layer: Hashable) -> bool:
+        """Tell whether the layer has stored anything yet."""
+        return layer in self._states
+
+    def held(self, layer: Hashable) -> Tensor | None:
+        """Return the frames that the layer stored at the last push."""
+        return self._states.get(layer)
+
+    def hold(self, layer: Hashable, frames: Tensor | None) -> None:
+        """Store frames for the next push; a copy, since a slice would keep its whole chunk alive."""
+        self._states[layer] = None if frames is None or self.final else frames.clone()
+
+    def tensors(self) -> list[Tensor]:
+        """Return everything that is held, e.g. to measure it."""
+        return [t for t in (*self._states.values(), *self._queues.values()) if t is not None]
+
+    def window(self, layer: Hashable, x: Tensor, size: int, step: int) -> Tensor | None:
+        """Return the frames for every complete window of `size` frames every `step`, None if there is none yet.
+
+        The first frame of the video is repeated `size - 1` times in front.
+        """
+        if self.begun(layer):
+            held = self.held(layer)
+            frames = x if held is None else torch.cat((held, x), dim=2)
+        else:  # no expand: its stride of 0 would make cat forget the memory format
+            frames = torch.cat((*[x[:, :, :1]] * (size - 1), x), dim=2)
+        windows = max((frames.shape[2] - size) // step + 1, 0)
+        used = windows * step
+        self.hold(layer, frames[:, :, used:] if used < frames.shape[2] else None)
+        return frames[:, :, : used - step + size] if windows else None
+
+    def align(self, layer: Hashable, leading: Tensor | None, count: int) -> Tensor | None:
+        """Queue the frames of a branch that runs ahead and return the oldest `count` of them."""
+        queue = self._queues.pop(layer, None)
+        if leading is not None:
+            queue = leading if queue is None else torch.cat((queue, leading), dim=2)
+        if queue is None:
+            return None
+        if queue.shape[2] > count:
+            self._queues[layer] = queue[:, :, count:].clone()
+        return queue[:, :, :count] if count else None
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Cast to what the next convolution computes in, so that nothing wider is copied or held; exact under autocast."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def fold(x: Tensor) -> Tensor:
+    """Fold the frames into the batch, `(B, C, T, H, W) -> (B*T, C, H, W)`: a view if channels are last."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold(x: Tensor, batch: int) -> Tensor:
+    """Undo `fold`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class CausalConv3d(nn.Module):
+    """A 3D convolution that sees no later frame: the first frame is repeated in front, H and W are padded with zeros.
+
+    Activations are kept in `channels_last_3d`, where the norms and the folding of frames cost no copy.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int | None = None
+    ) -> None:
+        super().__init__()
+        self.size, self.step = kernel_size, stride
+        space = kernel_size // 2 if padding is None else padding
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, (0, space, space))
+
+    def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:
+        if x is None:
+            return None
+        x = to_compute_dtype(x).contiguous(memory_format=torch.channels_last_3d)
+        if self.size > 1:
+            x = stream.window(self, x, self.size, self.step)
+        return None if x is None else self.conv(x)
+
+
+class Conv2d(nn.Conv2d):
+    """A 2D convolution of every frame of a video, spatial size kept."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:  # type: ignore[override]
+        if x is None:
+            return None
+        frames = fold(x).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(frames, self.weight, self.bias, padding=self.padding)
+        return unfold(y, len(x))
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other, all with the same stream."""
+
+    def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, stream)
+        return x
