@@ -1,9 +1,9 @@
 """Let a CUDA build of torchvision import beside a CPU build of torch.
 
-PyPI's torchvision wheel links CUDA libraries. Beside a CPU torch its extension cannot load, and the Python side then dies on
-`operator torchvision::nms does not exist`, which takes torchmetrics, lpips and lightning with it. Nothing of praxino calls
-these operators; declaring their schemas is enough. torch loads this module at the end of its own import through the
-`torch.backends` entry point, so every process of the environment is covered.
+PyPI's torchvision wheel links CUDA libraries. Beside a CPU torch its extension cannot load, and the Python side then
+dies on `operator torchvision::nms does not exist`, which takes torchmetrics, lpips and lightning with it. Nothing of
+praxino calls these operators; declaring their schemas is enough. torch loads this module at the end of its own import
+through the `torch.backends` entry point, so every process of the environment is covered.
 """
 
 import importlib.util

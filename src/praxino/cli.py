@@ -81,7 +81,7 @@ def check_flags() -> None:
         hint = message.rpartition(": ")[2].split(" ")[0].lstrip("-").partition("=")[0] or "key"
         raise ConfigError(f"{message}; settings are written without dashes, {hint}=...; --help shows the most used")
 
-    parser.error = error  # type: ignore[method-assign,assignment]
+    parser.error = error  # type: ignore[method-assign]
     parser.parse_args()
 
 

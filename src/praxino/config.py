@@ -12,11 +12,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from praxino.errors import ConfigError
+from praxino.errors import ConfigError, PraxinoError
 
 # What a `_target_` may name besides praxino's own classes and functions; Hydra only keeps a list of what it refuses.
 ALLOWED_TARGETS = frozenset(
@@ -148,7 +149,7 @@ def signature_errors(function: Callable[..., Any], node: DictConfig, path: str, 
 def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of a function, or of a class's constructor; none where they cannot be evaluated."""
     try:
-        return get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+        return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except (NameError, TypeError, AttributeError):
         return {}
 
@@ -218,8 +219,25 @@ def locate(target: str) -> Callable[..., Any]:
 
 # ------------------------------------------------------------------------------------------------ building
 def instantiate(cfg: DictConfig | None, **extra: Any) -> Any:
-    """Build a checked configuration with Hydra; containers reach the constructors as plain Python."""
-    return hydra_instantiate(cfg, _convert_="all", **extra) if cfg is not None else None
+    """Build a checked configuration with Hydra; containers reach the constructors as plain Python.
+
+    Raises:
+        ConfigError: a constructor refused its arguments.
+    """
+    try:
+        return hydra_instantiate(cfg, _convert_="all", **extra) if cfg is not None else None
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, PraxinoError):
+            raise cause from None
+        if isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException":  # Lightning's own
+            raise ConfigError(f"{target_of(cfg)}: {str(cause).splitlines()[0]}") from cause
+        raise
+
+
+def target_of(cfg: Any) -> str:
+    """Name what a configuration builds, for a message."""
+    return str(cfg.get("_target_", "config")).rpartition(".")[2]
 
 
 def plain(cfg: Any) -> Any:

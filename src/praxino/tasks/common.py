@@ -92,12 +92,14 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[str]) -> None:
     """Print a small table on the console."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else ascii_safe(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    console.print(ascii_safe(title), highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def ascii_safe(value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from praxino import checkpoint
 from praxino.config import check_call
 from praxino.data.clips import ClipSampler, Short
-from praxino.data.scan import Entry, scan
 from praxino.data.transforms import Resize, Size
+from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.image import psnr, ssim
@@ -40,12 +40,6 @@ Row = dict[str, Any]
 Rejected = list[dict[str, Any]]
 
 
-class Data(TypedDict):
-    """Where the videos are."""
-
-    root: str | None
-
-
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Check a configuration against `evaluate` and call it."""
     return evaluate(**check_call(evaluate, cfg))
@@ -54,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def evaluate(
     out: str,
     vae: str | None = None,
-    data: Data | None = None,
+    data: dict[str, str | None] | None = None,
     real: str | None = None,
     fake: str | None = None,
     frames: int = 17,
@@ -78,7 +72,7 @@ def evaluate(
     Returns:
         the content of metrics.json: n, mean and std over the videos of each metric, protocol, versions.
     """
-    target, root = make_directory(out), (data or {}).get("root")
+    target, root = make_directory(out), data["root"] if data else None
     rejected: Rejected = []
     if vae and root and not (real or fake):
         chosen = pick_device(device)
@@ -123,18 +117,9 @@ def load_clips(
     rejected: Rejected,
 ) -> DataLoader:
     """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
-    manifest = scan(root, cache_dir=cache_dir)
-    rejected += [rejection.to_json() for rejection in manifest.rejected]
-    entries: list[Entry] = []
-    for entry in manifest.videos:
-        if clips.short != "drop" or clips.fits(entry.info.frames, entry.info.fps):
-            entries.append(entry)
-        else:
-            detail = f"{entry.info.frames} frames, {1 + (clips.frames - 1) * clips.stride} needed"
-            rejected.append({"path": entry.path, "reason": "too_short", "detail": detail})
-    if not entries:
-        raise DataError(manifest.nothing_usable() if not manifest.videos else f"{root}: all videos are too short")
-    dataset = VideoClips(root, entries[:limit], clips, resize, tries=0)
+    usable = find_usable(root, clips, cache_dir=cache_dir)
+    rejected += [rejection.to_json() for rejection in usable.rejected]
+    dataset = VideoClips(root, usable.entries[:limit], clips, resize, tries=0)
     return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
 
 
@@ -160,9 +145,15 @@ def score_folders(real: Path, fake: Path, limit: int | None, cache_dir: str | No
     """Compare the videos of two trees that have the same path but for the suffix."""
     found = {}
     for root in (real, fake):
-        manifest = scan(root, cache_dir=cache_dir)
-        rejected += [rejection.to_json() for rejection in manifest.rejected]
-        found[root] = pair_names([entry.path for entry in manifest.videos])
+        if (
+            rows_file := root / "reconstructions.jsonl"
+        ).is_file():  # written by reconstruct, with more than one tree in it
+            paths = [json.loads(line)["output"] for line in rows_file.read_text(encoding="utf-8").splitlines()]
+        else:
+            usable = find_usable(root, ClipSampler(1), cache_dir=cache_dir)
+            rejected += [rejection.to_json() for rejection in usable.rejected]
+            paths = [entry.path for entry in usable.entries]
+        found[root] = pair_names(paths)
     if lone := sorted(found[real].keys() ^ found[fake].keys()):
         side = "fake" if lone[0] in found[real] else "real"
         counts = f"{len(found[real])} real and {len(found[fake])} fake videos, {len(lone)} without a partner"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from praxino import checkpoint, stream
 from praxino.config import check_call
-from praxino.data.scan import scan
+from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
+from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.image import psnr, ssim
 from praxino.models.vae import VideoVAE
@@ -69,31 +70,28 @@ def reconstruct(
         raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
     target = make_directory(target)
     model = checkpoint.load(vae, weights=weights, device=(chosen := pick_device(device)))
-    manifest = scan(root, cache_dir=cache_dir)
-    if not manifest.videos:
-        raise DataError(manifest.nothing_usable())
-    entries = manifest.videos[:limit]
-    rejected = [rejection.to_json() for rejection in manifest.rejected]
+    root, names, rejected = sources(root, cache_dir)
+    names = names[:limit]
     copies = {"origin": save_original, "side_by_side": side_by_side}
 
     rows: list[dict[str, Any]] = []
-    for entry, name in zip(entries, output_names([entry.path for entry in entries]), strict=True):
+    for source, name in zip(names, output_names(names), strict=True):
         paths = {"reconstruction": target / name, **{kind: target / kind / name for kind in copies if copies[kind]}}
         try:
-            with Video(root / entry.path) as video, precision_context(chosen, precision):
+            with Video(root / source) as video, precision_context(chosen, precision):
                 clip = Clip(video, frames, stride, Resize(size) if size is not None else None, chunk)
                 row = clip.through(model, chosen, paths, lossless, quality)
         except DecodeFailure as failure:
             log.warning("%s", failure)
-            rejected.append({"path": entry.path, "reason": failure.reason, "detail": failure.detail})
+            rejected.append({"path": source, "reason": failure.reason, "detail": failure.detail})
             continue
-        rows.append({"path": entry.path, "output": name, **row})
+        rows.append({"path": source, "output": name, **row})
         log.info("%s: %d frames, PSNR %.2f dB, SSIM %.4f", name, row["frames"], row["psnr"], row["ssim"])
 
     write_jsonl(target / "reconstructions.jsonl", rows)
     write_jsonl(target / "rejected.jsonl", rejected)
     if not rows:
-        raise DataError(f"none of {len(entries)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
+        raise DataError(f"none of {len(names)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
     means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in ("psnr", "ssim")}
     show_table(
         f"Reconstructions in {target}",
@@ -103,6 +101,14 @@ def reconstruct(
     if rejected:
         log.warning("%d files passed over, see %s", len(rejected), target / "rejected.jsonl")
     return {"videos": len(rows), "frames": sum(row["frames"] for row in rows), "rejected": len(rejected), **means}
+
+
+def sources(path: Path, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
+    """Return a folder, the videos in it by relative path, and what was rejected; a single video is its own tree."""
+    if not path.is_dir():
+        return path.parent, [path.name], []
+    usable = find_usable(path, ClipSampler(1), cache_dir=cache_dir)
+    return path, [entry.path for entry in usable.entries], [rejection.to_json() for rejection in usable.rejected]
 
 
 class Clip:
@@ -170,7 +176,6 @@ def fitting_chunk(height: int, width: int) -> int:
 
 def output_names(paths: list[str]) -> list[str]:
     """Mirror the paths as mp4 files; two videos that differ in their suffix alone keep it in their names."""
-    stems = Counter(str(Path(path).with_suffix("")).casefold() for path in paths)
-    unique = [stems[str(Path(path).with_suffix("")).casefold()] == 1 for path in paths]
-    names = [str(Path(p).with_suffix("") if u else p) + ".mp4" for p, u in zip(paths, unique, strict=True)]
-    return names
+    stems = [str(Path(path).with_suffix("")) for path in paths]
+    count = Counter(stem.casefold() for stem in stems)
+    return [(stem if count[stem.casefold()] == 1 else path) + ".mp4" for stem, path in zip(stems, paths, strict=True)]

@@ -1,0 +1,88 @@
+"""Wrong command lines end with exit code 2 and at most three lines that name what is wrong and what would be right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from praxino import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["experiment=wfvae_tiny", "trainer.max_steps=1"]
+
+BAD = [
+    ("train", [*TINY], "data.root: a value is required"),
+    ("train", ["experiment=wfvae_tinyy", "data.root={here}"], "did you mean wfvae_tiny"),
+    ("train", [*TINY, "data.root={here}/vidoes"], "did you mean {here}/videos"),
+    ("train", [*TINY, "data.root={here}", "framess=17"], "framess: unknown key; did you mean frames"),
+    ("train", [*TINY, "data.root={here}", "trainer.max_stepz=5"], "did you mean trainer.max_steps"),
+    ("train", [*TINY, "data.root={here}", "max_steps=5"], "max_steps: unknown key; did you mean trainer.max_steps"),
+    ("train", [*TINY, "data.root={here}", "model.net.base_chanels=8"], "did you mean model.net.base_channels"),
+    ("train", [*TINY, "data.root={here}", "+model.net.base_chanels=8"], "did you mean base_channels"),
+    ("train", [*TINY, "data.root={here}", "frames=seventeen"], "frames: 'seventeen'"),
+    ("train", [*TINY, "data.root={here}", "frames=16"], "use 1 + 4k, e.g. 13 or 17"),
+    ("train", [*TINY, "data.root={here}", "size=60"], "use multiples of 8"),
+    ("train", [*TINY, "data.root={here}", "trainer.precision=bf17"], "trainer.precision: 'bf17'"),
+    ("train", [*TINY, "data.root={here}", "data.short=stretch"], "data.short: 'stretch'"),
+    ("train", [*TINY, "data.root={here}", "model.loss._target_=os.system"], "os.system is not allowed"),
+    ("train", [*TINY, "data.root={here}", "model.net._target_=praxino.models.wfvae.WFVEA"], "did you mean WFVAE"),
+    ("train", [*TINY, "data.root={here}", "trainer=gpuu"], "trainer=gpuu: no such choice; did you mean gpu"),
+    ("train", [*TINY, "data.root={here}", "seed=${{nope}}"], "nope"),
+    ("train", [*TINY, "data.root={here}", "ckpt=last"], "ckpt=last: "),
+    ("train", [*TINY, "data.root={here}", "weights={here}/none.ckpt"], "weights: {here}/none.ckpt does not exist"),
+    ("train", [*TINY, "data.root=[{here}"], "cannot be read as key=value"),
+    ("train", [*TINY, "data.root={here}", "--epochs=3"], "epochs=..."),
+    ("train", [*TINY, "data.root=a,b"], "data.root"),
+    ("reconstruct", ["vae={here}", "out={here}/out"], "input: a value is required"),
+    ("reconstruct", ["vae={here}", "input={here}/videos", "out={here}/videos/out"], "lies inside"),
+    ("reconstruct", ["vae={here}", "input={here}", "out=o", "frames=many"], "frames: 'many'"),
+    ("reconstruct", ["vae={here}", "input={here}", "out=o", "chunks=4"], "did you mean chunk"),
+    ("evaluate", ["out={here}/out"], "give vae=PATH data.root=DIR, or real=DIR fake=DIR"),
+    ("evaluate", ["real={here}", "fake={here}/fkae", "out=o"], "fake: {here}/fkae does not exist"),
+    ("evaluate", ["vae={here}/videos", "data.root={here}", "out={here}/out"], "{here}/videos"),
+]
+
+
+@pytest.mark.parametrize(("task", "arguments", "expected"), BAD, ids=[f"{t}-{a[-1]}" for t, a, _ in BAD])
+def test_bad_command_line(
+    task: str,
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "videos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(here=tmp_path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [f"{task}.py", *filled])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as caught:
+        getattr(cli, task)()
+    error = capfd.readouterr().err.strip()
+    assert expected.format(here=tmp_path) in error
+    assert len(error.splitlines()) <= 3
+    assert "Traceback" not in error
+    assert caught.value.code in ((2, 3) if "evaluate" in task and "vae" in arguments[0] else (2,))
+
+
+def test_help_is_readable_and_needs_no_torch() -> None:
+    for script in ("train.py", "reconstruct.py", "evaluate.py"):
+        code = f"import sys, runpy; sys.argv = [{script!r}, '--help']\ntry: runpy.run_path({script!r}, run_name='__main__')"
+        code += "\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "Usage:" in done.stdout
+        assert "out=DIR" in done.stdout
+        assert len(done.stdout.splitlines()) < 60
+
+
+def test_a_failing_process_prints_no_traceback() -> None:
+    command = [sys.executable, "train.py", "experiment=wfvae_tiny", "data.root=/nonexistent/videos"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: data.root: /nonexistent/videos does not exist")
+    assert len(done.stderr.strip().splitlines()) == 1
