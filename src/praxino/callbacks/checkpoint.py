@@ -1,0 +1,259 @@
+"""Checkpoints that survive a crash at any moment, and say themselves what they hold."""
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+
+from praxino.errors import BusyError, ConfigError, NonFiniteError, StorageError
+from praxino.models.vae import describe
+
+log = logging.getLogger(__name__)
+
+PATTERN = "step-*.ckpt"
+TEMPORARY = ".tmp-"
+
+
+class DurableIO(TorchCheckpointIO):
+    """Write a checkpoint whole or not at all: temporary file beside the target, fsync, verify, rename, fsync.
+
+    A failure of the disk is kept in `failure` and not raised: on one rank alone that would leave the others waiting.
+    """
+
+    failure: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write and set `failure`; the file that had the name before stays if this one cannot be written."""
+        self.failure = None
+        target = Path(path)
+        temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(target.parent)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not is_whole(temporary):
+                raise OSError(errno.EIO, "the file read back is not the file written", str(temporary))
+            os.replace(temporary, target)
+            _sync_directory(target.parent)
+        except OSError as error:
+            self.failure = error
+        except RuntimeError as error:  # torch's writer, when the disk under it fails
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            self.failure = OSError(errno.EIO, str(error).splitlines()[0], str(target))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Checkpoint(pl.callbacks.Checkpoint):
+    """Save `step-XXXXXXXX.ckpt` at the end of a step: every `every` steps, every `minutes`, and when training ends.
+
+    A checkpoint resumes training exactly, and rebuilds its model alone: its block `praxino` names class and config.
+    Files later than the step at which training begins are another future: they are moved to `superseded/`.
+    The module must have `net`, the counter `step`, and `boundary`, true where no gradients are waiting.
+
+    Args:
+        directory: of the checkpoints.
+        every: steps between saves; None for none.
+        minutes: of wall-clock time between saves; None for none.
+        keep: the newest saves that stay, None for all; an old one goes only after a new one was read back.
+        config: the resolved configuration of the run, as plain data, to lie in the file.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        every: int | None = 1000,
+        minutes: float | None = None,
+        keep: int | None = 3,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if any(value is not None and value <= 0 for value in (every, minutes, keep)):
+            raise ConfigError(f"checkpoint every={every}, minutes={minutes}, keep={keep} must be positive or null")
+        self.directory = Path(directory)
+        self.every, self.minutes, self.keep, self.config = every, minutes, keep, config
+        self.failures = 0  # saves in a row that failed
+        self._saved = -1  # step of the last save
+        self._time = time.monotonic()
+        self._lock: IO[str] | None = None
+        self._io = DurableIO()
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Take over the writing of checkpoints; make sure that the directory is ours and can be written."""
+        trainer.strategy.checkpoint_io = self._io
+        if stage == "fit" and trainer.is_global_zero:
+            self._lock = lock(self.directory)
+            for stale in self.directory.glob(f"{TEMPORARY}*"):
+                stale.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin to count from the resumed step."""
+        self._saved, self._time = pl_module.step, time.monotonic()
+        if trainer.is_global_zero:
+            self._supersede(pl_module.step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save when it is time, never between the batches of one step."""
+        if not pl_module.boundary or pl_module.step == self._saved:
+            return
+        step = pl_module.step
+        last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        last = step == trainer.max_steps or last_epoch or trainer.should_stop
+        if last or (self.every is not None and step % self.every == 0) or self._time_is_up(trainer):
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save what training ended with."""
+        if pl_module.step != self._saved:
+            self.save(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Give the directory free."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the directory free; what an exception leaves behind is not saved."""
+        self._release()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the block from which the model can be rebuilt."""
+        checkpoint["praxino"] = {**describe(pl_module.net), "config": self.config, "step": pl_module.step}
+
+    def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save now, on all ranks; training goes on when the disk fails, until it has failed three times.
+
+        Raises:
+            NonFiniteError: the weights hold NaN or infinity; nothing is written.
+            StorageError: the third failure in a row.
+        """
+        ema = pl_module.__dict__.get("ema_net")
+        _check_finite([*pl_module.parameters(), *(ema.parameters() if ema is not None else ())], pl_module.step)
+        path = self.directory / f"step-{pl_module.step:08d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        failure = trainer.strategy.broadcast(None if self._io.failure is None else str(self._io.failure))
+        self._saved, self._time = pl_module.step, time.monotonic()
+        if failure is None:
+            self.failures = 0
+            if trainer.is_global_zero:
+                self._prune(path)
+            return
+        self.failures += 1
+        log.error("CHECKPOINT NOT SAVED (%d in a row), training goes on: %s", self.failures, failure)
+        if self.failures >= 3:
+            raise StorageError(f"checkpoints cannot be written to {self.directory}: {failure}")
+
+    def _time_is_up(self, trainer: pl.Trainer) -> bool:
+        if self.minutes is None:
+            return False
+        return bool(
+            trainer.strategy.reduce_boolean_decision(time.monotonic() - self._time > 60 * self.minutes, all=False)
+        )
+
+    def _prune(self, newest: Path) -> None:
+        """Remove all but the newest files; `newest` has been read back."""
+        if self.keep is not None:
+            older = sorted((p for p in self.directory.glob(PATTERN) if p.name < newest.name), reverse=True)
+            for path in older[self.keep - 1 :]:
+                path.unlink(missing_ok=True)
+
+    def _supersede(self, step: int) -> None:
+        later = [p for p in self.directory.glob(PATTERN) if p.name > f"step-{step:08d}.ckpt"]
+        for path in later:
+            target = self.directory / "superseded"
+            target.mkdir(exist_ok=True)
+            os.replace(path, target / path.name)
+        if later:
+            log.warning(
+                "training begins at step %d: %d later checkpoints moved to %s/superseded",
+                step,
+                len(later),
+                self.directory,
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether every byte of a checkpoint is as it was written (`torch.load` does not look)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, RuntimeError):
+        return False
+
+
+def lock(directory: Path) -> IO[str]:
+    """Claim a directory until the returned file is closed or the process ends.
+
+    Raises:
+        BusyError: another process has claimed it.
+        StorageError: it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f"{TEMPORARY}probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        file = (directory / ".lock").open("a+")
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise BusyError(
+            f"{directory} is in use by {owner or 'another run'}: wait for it, or choose another out=DIR"
+        ) from error
+    except OSError as error:  # a file system without locks
+        log.warning(
+            "%s cannot be locked (%s): make sure that one run at a time writes to it", directory, error.strerror
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _check_space(directory: Path) -> None:
+    """Raise OSError before a write that would fill the disk, judged by the newest checkpoint."""
+    newest = max(directory.glob(PATTERN), default=None)
+    if newest is not None and shutil.disk_usage(directory).free < 1.2 * newest.stat().st_size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def _check_finite(tensors: Iterable[Tensor], step: int) -> None:
+    """Raise NonFiniteError where a tensor holds NaN or infinity."""
+    finite = [t.detach().isfinite().all() for t in tensors]
+    if finite and not bool(torch.stack(finite).all()):
+        raise NonFiniteError(
+            f"the weights are not finite after step {step}, nothing was saved: "
+            "resume from the last checkpoint with a lower learning rate"
+        )
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
