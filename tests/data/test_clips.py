@@ -73,7 +73,8 @@ def test_slow_lowers_the_stride_first():
 @pytest.mark.parametrize(
     "sampler", [ClipSampler(5), ClipSampler(5, 3), ClipSampler(5, 3, True), ClipSampler(5, fps=10)]
 )
-def test_fits_agrees_with_indices(sampler, length):
+def test_fits_agrees_with_indices(arguments, length):
+    sampler = ClipSampler(*arguments)
     clip = sampler.indices(length, np.random.default_rng(0), np.arange(length) / 25)
     assert sampler.fits(length, Fraction(25)) == (clip is not None)
 

@@ -16,6 +16,8 @@ from praxino.errors import DataError
 
 log = logging.getLogger(__name__)
 
+TOLD = 20  # files that cannot be read before only the list tells of them
+
 Context = Literal["fork", "forkserver", "spawn"]
 
 
@@ -38,8 +40,8 @@ class FailureLog:
         """Take the failures out of a batch; raises DataError where the run cannot go on."""
         failures, missing = batch.pop("failures"), batch.pop("missing")
         fresh = [f for f in failures if self.known.setdefault((f.path, f.reason), f) is f]
-        for failure in fresh:
-            log.warning("cannot read %s: %s (%s)", ascii(failure.path), failure.reason, failure.detail)
+        if not missing:
+            self._tell(fresh)
         if fresh and self.path is not None:
             append_lines(self.path, [failure.to_json() for failure in fresh])
         self.clips += len(batch.get("path", ())) + missing
@@ -47,11 +49,19 @@ class FailureLog:
         if "error" in batch:
             raise DataError(f"{self.root}: {batch['error']}")
         if missing:
-            raise DataError(self._message(f"{len(failures)} videos in a row failed"))
+            raise DataError(self._message(f"{missing} clips and all their substitutes failed"))
         if self.clips >= self.after and self.failed > self.max_bad * self.clips:
             share = f"{self.failed} of {self.clips} clips failed, more than max_bad={self.max_bad:g}"
             raise DataError(self._message(share))
         return batch
+
+    def _tell(self, fresh: list[Failure]) -> None:
+        for failure in fresh[: max(0, TOLD - len(self.known) + len(fresh))]:
+            log.warning("cannot read %s: %s (%s)", ascii(failure.path), failure.reason, failure.detail)
+        if len(self.known) - len(fresh) < TOLD <= len(self.known):
+            log.warning(
+                "more files that cannot be read are listed in %s", self.path or "no file: data.rejected is not set"
+            )
 
     def _message(self, what: str) -> str:
         counts: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """Run a function over many inputs in processes that may crash or hang."""
 
 import contextlib
+import faulthandler
 import multiprocessing as mp
 import signal
 import time
@@ -99,6 +100,7 @@ def run_all(
 def _serve(pipe: Connection, function: Callable[..., Any], inherited: list[Connection]) -> None:
     """Answer calls until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.disable()  # a crash is a result here, not a reason for a page of addresses
     for other in inherited:  # else this process would keep its siblings' pipes open after the parent has died
         other.close()
     while True:

@@ -76,6 +76,7 @@ class _Tree:
     ignored: int = 0
     folders: list[str] = field(default_factory=list)  # still to visit
     links: list[str] = field(default_factory=list)  # folders that are links, visited after all real ones
+    linked: bool = False  # in the folders behind links now
 
 
 def scan(
@@ -110,23 +111,23 @@ def scan(
     if not os.path.isdir(root):
         raise ConfigError(f"{root!a} {'is not a directory' if os.path.exists(root) else 'does not exist'}")
     tree = _walk(root, images, follow_links)
-    folder = Path(cache_dir) if cache_dir is not None else default_index_dir().parent
-    cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl"
-    known = _load(cache)
+    folder = _open_cache(Path(cache_dir) if cache_dir is not None else default_index_dir().parent)
+    cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl" if folder else None
+    known = _load(cache) if cache else {}
     results: dict[str, Entry | Rejection] = {}
     calls, stamps = {}, {}
     for _, path, stamp, size, _ in tree.files:
         if path in known and known[path].stamp == stamp:
             results[path] = known[path]
         else:
-            calls[path] = ((os.path.join(root, path), folder / "index"), timeout + size / 2e6)
+            calls[path] = ((os.path.join(root, path), folder and folder / "index"), timeout + size / 2e6)
             stamps[path] = stamp
     if calls:
         log.info("probing %d of %d files under %s", len(calls), len(tree.files), ascii(root))
         outcomes = run_all(_inspect, calls, workers or len(os.sched_getaffinity(0)))
         for path, outcome in _with_bar(outcomes, len(calls), progress):
             results[path] = _judge(path, stamps[path], outcome)
-    if calls or len(results) != len(known):
+    if cache and (calls or len(results) != len(known)):
         _save(cache, root, results)
     found = [results[path] for _, path, _, _, _ in tree.files]
     return Manifest(
@@ -152,6 +153,7 @@ def _walk(root: str, images: bool, follow_links: bool) -> _Tree:
     tree = _Tree(root, folders=[""])
     visited = set()
     while tree.folders or (tree.links and follow_links):
+        tree.linked |= not tree.folders
         folder = (tree.folders or tree.links).pop()
         try:
             here = os.stat(os.path.join(root, folder))
@@ -195,7 +197,8 @@ def _visit(tree: _Tree, folder: str, items: list[os.DirEntry[str]], images: bool
             tree.rejected.append(Rejection(path, "not_a_file", "a pipe, a socket or a device"))
         elif suffix in VIDEO_SUFFIXES:
             stamp = f"{status.st_size}:{status.st_mtime_ns}"
-            tree.files.append((item.is_symlink(), path, stamp, status.st_size, (status.st_dev, status.st_ino)))
+            link = tree.linked or item.is_symlink()
+            tree.files.append((link, path, stamp, status.st_size, (status.st_dev, status.st_ino)))
         else:
             pictures[item.name] = status
     if pictures:
@@ -227,7 +230,7 @@ def _refuse(path: str, error: OSError) -> Rejection:
     return Rejection(path, reasons.get(type(error), "not_a_file"), error.strerror or type(error).__name__)
 
 
-def _inspect(path: str, index_dir: Path) -> tuple[dict[str, Any] | None, str, str]:
+def _inspect(path: str, index_dir: Path | None) -> tuple[dict[str, Any] | None, str, str]:
     """Probe a video; return `(info, "", "")` or `(None, reason, detail)`."""
     try:
         return probe(path, index_dir=index_dir).to_json(), "", ""
@@ -242,6 +245,15 @@ def _judge(path: str, stamp: str, outcome: Any) -> Entry | Rejection:
         return Rejection(path, outcome.reason, outcome.detail, stamp)
     info, reason, detail = outcome
     return Entry(path, stamp, VideoInfo.from_json(info)) if info else Rejection(path, reason, detail, stamp)
+
+
+def _open_cache(folder: Path) -> Path | None:
+    try:
+        (folder / "manifests").mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError as error:
+        log.warning("no cache in %s, so every run probes all files again: %s", folder, error)
+        return None
 
 
 def _load(cache: Path) -> dict[str, Entry | Rejection]:
@@ -273,7 +285,7 @@ def _save(cache: Path, root: str, results: dict[str, Entry | Rejection]) -> None
     try:
         write_lines(cache, lines)
     except OSError as error:
-        log.warning("the manifest cannot be kept in %s, so the next run probes all files again: %s", cache, error)
+        log.warning("the manifest %s cannot be kept, so the next run probes these files again: %s", cache, error)
 
 
 def _with_bar(outcomes: Iterator[Any], total: int, show: bool) -> Iterator[Any]:
