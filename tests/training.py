@@ -113,8 +113,8 @@ class Data(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self.ranks()
-        keys = [[(999, index)] for index in range(5)][rank::world]
-        groups = [sum(keys[i : i + self.val_batch], []) for i in range(0, len(keys), self.val_batch)]
+        keys = [(999, index) for index in range(5)][rank::world]
+        groups = [keys[i : i + self.val_batch] for i in range(0, len(keys), self.val_batch)]
         return DataLoader(Clips(5), batch_sampler=groups)
 
 

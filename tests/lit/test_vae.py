@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from training import Clips, Data, Tape, load, make_module, make_net, rows, train
 
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
 from praxino.lit.optim import warmup_constant
+from training import Clips, Data, Tape, load, make_module, make_net, rows, train
 
 
 def sgd(lr: float) -> partial:

@@ -1,11 +1,22 @@
 """The loss of a video autoencoder: a weighted sum of means per element."""
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 from torch import Tensor, nn
 
 from praxino.errors import ConfigError
 from praxino.losses.coefficients import coefficient_l1
 from praxino.losses.pixel import charbonnier, l1, l2
-from praxino.models.vae import Output, Posterior
+
+
+class Reconstruction(Protocol):
+    """What the loss needs of an autoencoder's output; `posterior` has `mean` and clamped `logvar`."""
+
+    recon: Tensor
+    posterior: Any
+    encoder_coefficients: Sequence[Tensor]
+    decoder_coefficients: Sequence[Tensor]
 
 
 class VAELoss(nn.Module):
@@ -33,7 +44,7 @@ class VAELoss(nn.Module):
         if min(self.weights.values()) < 0 or not any(self.weights[name] for name in ("l1", "l2", "charbonnier")):
             raise ConfigError(f"loss weights {self.weights}: none may be negative, and one pixel loss must count")
 
-    def forward(self, x: Tensor, output: Output) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, output: Reconstruction) -> dict[str, Tensor]:
         """Return every term that has a weight, unweighted, and their weighted sum "loss", all scalars.
 
         Video `x` and `output.recon` are `(B, C, T, H, W)` in [-1, 1].
@@ -42,7 +53,7 @@ class VAELoss(nn.Module):
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=x.new_zeros(()))
         return {"loss": loss, **terms}
 
-    def term(self, name: str, x: Tensor, output: Output) -> Tensor:
+    def term(self, name: str, x: Tensor, output: Reconstruction) -> Tensor:
         """Return one unweighted term; a new term (perceptual, adversarial) is a weight above and a case here."""
         match name:
             case "l1":
@@ -54,6 +65,12 @@ class VAELoss(nn.Module):
             case "wavelet":
                 return coefficient_l1(output.encoder_coefficients, output.decoder_coefficients)
             case "kl":
-                return Posterior(output.posterior.moments.float()).kl().mean()
+                return kl(output.posterior.mean, output.posterior.logvar)
             case _:
                 raise ValueError(f"unknown loss term {name!r}: use one of {sorted(self.weights)}.")
+
+
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Return the mean divergence of N(mean, exp(logvar)) from the standard normal per element, in nats, in float32."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

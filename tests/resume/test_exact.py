@@ -1,0 +1,72 @@
+"""A run that stops and goes on equals one that never stopped, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import Data, Tape, differences, load, make_module, rows, train
+
+IGNORED = {"pytorch-lightning_version"}
+
+
+def run(out: Path, stops: list[int], accumulate: int = 1, workers: int = 0, count: int = 12, **options: Any):
+    """Train up to each of the steps in turn, every time from the checkpoint of the last, with everything made anew."""
+    tape, resume = Tape(), None
+    for step in stops:
+        module = make_module(accumulate=accumulate)
+        data = Data(count=count, workers=workers)
+        train(out, step, module, data, resume, callbacks=(tape,), **options)
+        resume = out / "checkpoints" / f"step-{step:08d}.ckpt"
+    return load(resume), rows(out), tape.seen
+
+
+def check(tmp_path: Path, stops: list[int], **options: Any) -> None:
+    whole = run(tmp_path / "whole", stops[-1:], **options)
+    parts = run(tmp_path / "parts", stops, **options)
+    assert parts[2] == whole[2], "samples"
+    assert parts[1] == whole[1], "logged rows"
+    for checkpoint in (whole[0], parts[0]):
+        for callback in list(checkpoint["callbacks"]):
+            checkpoint["callbacks"].pop(callback)
+    assert differences(*({k: v for k, v in c.items() if k not in IGNORED} for c in (whole[0], parts[0]))) == []
+
+
+def test_ten_and_ten_equal_twenty(tmp_path):
+    """Epochs of 6 batches, so that step 10 lies inside one; accumulation, EMA and schedule on."""
+    check(tmp_path, [10, 20], accumulate=2)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 7, 12])  # in mid-epoch, and before, at and after an epoch's last batch
+def test_resume_anywhere(tmp_path, stop):
+    check(tmp_path, [stop, 14])
+
+
+@pytest.mark.parametrize("stops", [[6, 12, 14], [6, 9, 12, 15, 20]])  # several, from the last batch of an epoch
+def test_resume_again(tmp_path, stops):
+    check(tmp_path, stops)
+
+
+def test_resume_with_workers(tmp_path):
+    check(tmp_path, [4, 8], workers=2)
+
+
+def test_resume_three_times_with_validation(tmp_path):
+    options = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    check(tmp_path, [3, 4, 6, 9], **options)
+
+
+def test_resume_with_an_uneven_last_group(tmp_path):
+    check(tmp_path, [2, 3, 7], accumulate=4)  # groups of 4 and 2 batches
+
+
+def test_resume_in_bf16(tmp_path):
+    check(tmp_path, [3, 6], precision="bf16-mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", range(1, 16))
+def test_resume_after_every_step(tmp_path, stop, accumulate, workers):
+    check(tmp_path, [stop, 16], accumulate=accumulate, workers=workers, count=10)
