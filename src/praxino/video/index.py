@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 
 VERSION = f"1 ffmpeg {av.ffmpeg_version_info}"
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that store the time of every picture
-INTRA = frozenset({"mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd", "huffyuv", "ffvhuff", "utvideo", "cfhd"})
-SEEKABLE = INTRA | frozenset({"h264", "hevc", "vp8", "vp9", "av1"})
+SEEKABLE = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd"})
 FIELDS = 2  # AVFieldOrder: 2 and more are interlaced, where two packets may share a frame
 
 Times = np.ndarray[Any, np.dtype[Any]]
@@ -118,8 +117,6 @@ class _Judge:
 
     def look(self, packet: Packet) -> tuple[bool, bool, bool]:
         """Return (whole, shows a frame, decoding may start here)."""
-        if packet.is_corrupt:
-            return False, True, False
         data = memoryview(packet)
         if self.length_size:
             return _nal_packet(data, self.length_size, self.hevc)
@@ -127,7 +124,7 @@ class _Judge:
             return len(data) > 3, bool(data[0] & 16), not data[0] & 1
         if self.codec == "vp9":
             return data[0] >> 6 == 2, _vp9_shown(data), packet.is_keyframe
-        return True, True, packet.is_keyframe or self.codec in INTRA
+        return True, True, packet.is_keyframe
 
 
 def _walk(source: Source, judge: _Judge) -> tuple[_Packets, VideoFrame | None]:
@@ -141,7 +138,7 @@ def _walk(source: Source, judge: _Judge) -> tuple[_Packets, VideoFrame | None]:
         walked.pts.append(packet.pts)
         if judge.known:
             sound, shown, key = judge.look(packet)
-            walked.sound &= sound
+            walked.sound &= sound and not packet.is_corrupt
             walked.plain &= shown and not packet.is_discard
             if key and packet.pts is not None:
                 walked.keys.append(packet.pts)

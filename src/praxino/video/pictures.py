@@ -1,5 +1,6 @@
 """Pictures as frames: single images, and folders of numbered pictures as sequences."""
 
+import hashlib
 import os
 import re
 import stat
@@ -121,9 +122,9 @@ def picture_files(path: str) -> list[str] | None:
         return next(iter(found.values()))
     if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and os.path.lexists(path):
         return [path]
-    folder = os.path.dirname(path)
-    if "*" in os.path.basename(path) and not os.path.lexists(path) and os.path.isdir(folder):
-        return frames_in(folder).get(path)
+    folder, form = os.path.split(path)
+    if "*" in form and not os.path.lexists(path) and os.path.isdir(folder or "."):
+        return {os.path.basename(address): files for address, files in frames_in(folder or ".").items()}.get(form)
     return None
 
 
@@ -137,7 +138,7 @@ def stamp(files: list[str]) -> str:
             parts.append(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns} {regular}")
         except OSError as error:
             parts.append(f"{os.path.basename(file)} {error.errno}")
-    return "\n".join(parts)
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def build(path: str, files: list[str], max_pixels: int) -> Index:

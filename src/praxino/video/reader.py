@@ -21,7 +21,7 @@ from praxino.video.types import MAX_PIXELS, DecodeFailure, Geometry, VideoInfo
 
 log = logging.getLogger(__name__)
 
-NONREF_EXACT = frozenset({"h264"})  # decoders that can leave out unwanted pictures without touching the others
+NONREF_EXACT = frozenset({"h264", "hevc"})  # decoders that can leave out unwanted pictures without touching the others
 WORTH_A_SEEK = 8  # unwanted frames before a key frame that cost more to decode than a seek
 USER_CACHE = Path("~user-cache")
 

@@ -75,6 +75,7 @@ class Source:
     def __init__(self, path: str, max_pixels: int) -> None:
         self.path = path
         self.max_pixels = max_pixels
+        self._fresh = True  # nothing was read yet
         check_file(path)
         with failures(path, "container"):
             self.container = av.open(os.path.abspath(path), options=OPTIONS, metadata_errors="ignore", timeout=TIMEOUT)
@@ -125,6 +126,15 @@ class Source:
         with failures(self.path, "corrupt"):
             yield from self.container.demux(self.stream)
 
+    def is_cut_off(self, packet: Packet) -> bool:
+        """Tell whether the file ends within this packet: decoders would fill up the picture.
+
+        MPEG transport streams mark packets for other reasons too; the data of a GIF frame ends with a zero.
+        """
+        if self.codec == "gif" and packet.size:
+            return memoryview(packet)[-1] != 0
+        return packet.is_corrupt and self.container.format.name != "mpegts"
+
     def decode(self, packet: Packet | None) -> list[VideoFrame]:
         """Decode one packet (None drains the decoder); raise DecodeFailure where it is damaged."""
         with failures(self.path, "corrupt"):
@@ -136,9 +146,27 @@ class Source:
     def frames(self) -> Iterator[VideoFrame]:
         """Yield the frames from the present position on; DecodeFailure ends them where the data is damaged."""
         for packet in self.packets():
+            if self.is_cut_off(packet):
+                raise DecodeFailure(self.path, "corrupt", "the file ends within a frame")
             yield from self.decode(packet if packet.size else None)
 
     def seek(self, pts: int) -> None:
         """Go to the last key frame at or before `pts` (in the stream's time base), as the container sees it."""
         with failures(self.path, "corrupt"):
+            if self._fresh and self.codec == "h264":
+                self._read_headers()
+            self._fresh = False
             self.container.seek(pts, stream=self.stream, backward=True)
+
+    def _read_headers(self) -> None:
+        """Show the decoder the first packet without a picture being decoded.
+
+        x264 signs only that packet, and FFmpeg decodes 4:4:4 by the encoder's version: without it, every frame reached
+        by seeking differs.
+        """
+        context = self.stream.codec_context
+        context.skip_frame = "ALL"
+        packet = next(self.container.demux(self.stream), None)
+        if packet is not None and packet.size:
+            context.decode(packet)
+        context.skip_frame = "DEFAULT"

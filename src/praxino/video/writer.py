@@ -28,14 +28,12 @@ BT709, LIMITED = 1, 1  # the same numbers for matrix, primaries and transfer cur
 
 def exact_rate(fps: Fraction | float) -> Fraction:
     """Return a frame rate as a fraction; 23.976 and its like become 24000/1001."""
+    if not 0 < fps < 1e6:
+        raise ValueError(f"{fps} frames per second cannot be written: use more than 0, e.g. 25")
     if isinstance(fps, Fraction):
-        rate = fps
-    else:
-        broadcast = Fraction(round(fps * 1.001) * 1000, 1001)
-        rate = broadcast if abs(float(broadcast) - fps) < 0.002 else Fraction(fps).limit_denominator(1001)
-    if rate <= 0:
-        raise ValueError(f"{fps} frames per second cannot be written: use more than 0")
-    return rate
+        return fps
+    broadcast = Fraction(round(fps * 1.001) * 1000, 1001)
+    return broadcast if abs(broadcast / fps - 1) < 1e-4 else Fraction(fps).limit_denominator(1001)
 
 
 class _Sink(Protocol):
@@ -222,8 +220,12 @@ class Writer:
         try:
             sink.close()
             if self.codec == "png" and self.path.is_dir():
-                shutil.rmtree(self.path)
-            os.replace(self._draft, self.path)
+                old = self._draft.with_name(f"{self._draft.name}-old")
+                os.replace(self.path, old)
+                os.replace(self._draft, self.path)
+                shutil.rmtree(old)
+            else:
+                os.replace(self._draft, self.path)
         except BaseException:
             self._remove()
             raise
