@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -34,29 +34,41 @@ def command(name: str) -> Callable[[], None]:
     def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over, and this module words them
         register_resolvers()
+        errors.clear()
+        running.clear()
         try:
             check_flags()
-            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)()
+            compose = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
+            try:
+                compose(job)()
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if running:  # not about the composition: a defect, with its traceback
+                    raise
+                errors.append(ConfigError(explain(error, name)))
         except PraxinoError as error:
-            fail(str(error), error.exit_code)
+            errors.append(error)
         except KeyboardInterrupt:
             fail("interrupted", 130)
-        except Exception as error:
-            if composed:
-                raise
-            fail(explain(error, name), ConfigError.exit_code)
+        if errors:
+            fail(str(errors[0]), errors[0].exit_code)
 
-    composed: list[bool] = []  # whether Hydra has done its part, after which an error is ours
+    errors: list[PraxinoError] = []
+    running: list[bool] = []
 
     def job(cfg: DictConfig) -> Any:
-        composed.append(True)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            with open_dict(cfg):
-                cfg.out = HydraConfig.get().runtime.output_dir
-        report(list(unresolved(cfg)))
-        report([problem for key in PATHS[name] if (problem := missing_path(key, OmegaConf.select(cfg, key)))])
-        logging.captureWarnings(True)
-        return import_module(f"praxino.tasks.{name}").run(cfg)
+        """Check and run. An expected error is kept for `main`, for Hydra would print its own lines around it."""
+        try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                with open_dict(cfg):
+                    cfg.out = HydraConfig.get().runtime.output_dir
+            report(list(unresolved(cfg)))
+            report([problem for key in PATHS[name] if (problem := missing_path(key, OmegaConf.select(cfg, key)))])
+            logging.captureWarnings(True)
+            running.append(True)
+            return import_module(f"praxino.tasks.{name}").run(cfg)
+        except PraxinoError as error:
+            errors.append(error)
+            return None
 
     main.__name__ = main.__qualname__ = job.__name__ = name
     main.__doc__ = f"Run the task `{name}`."
@@ -94,15 +106,12 @@ def missing_path(key: str, value: Any) -> str | None:
     path = Path(value).expanduser()
     if path.exists():
         return None
-    known = path.parent
-    while not known.exists():
-        known = known.parent
     try:
-        siblings = [str(entry) for entry in known.iterdir()] if known == path.parent else []
+        siblings = [str(entry) for entry in path.parent.iterdir()]
     except OSError:
         siblings = []
-    hint = nearest(str(path), siblings) if siblings else f"; {known}{os.sep} is as far as it goes"
-    return f"{key}: {value} does not exist{hint if len(hint) < 300 else ''}"
+    hint = nearest(str(path), siblings)
+    return f"{key}: {value} does not exist{hint if 'did you mean' in hint else ''}"
 
 
 # -------------------------------------------------------------------------------- what Hydra's errors mean

@@ -95,13 +95,11 @@ def report(problems: list[str]) -> None:
 
 def unresolved(cfg: DictConfig) -> Iterator[str]:
     """Find the mandatory values that are missing and the interpolations that lead nowhere."""
-    missing = OmegaConf.missing_keys(cfg)
-    for key in sorted(missing):
-        yield f"{key}: a value is required, e.g. {key}=PATH"
-    if missing:
-        return
     try:
-        OmegaConf.to_container(cfg, resolve=True)
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        yield from (f"{key}: a value is required, e.g. {key}=PATH" for key in missing)
+        if not missing:
+            OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         yield f"{error.full_key}: {str(error).splitlines()[0]}"
 

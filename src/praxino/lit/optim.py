@@ -18,8 +18,12 @@ def warmup_constant(optimizer: Optimizer, warmup: int = 0) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: _rise(step, warmup))
 
 
-def warmup_cosine(optimizer: Optimizer, total: int, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
-    """Rise linearly over `warmup` steps, then fall along a cosine to `floor` (a factor) at step `total`."""
+def warmup_cosine(optimizer: Optimizer, total: int, warmup: int | float = 0, floor: float = 0.0) -> LambdaLR:
+    """Rise linearly over `warmup` steps (below 1: that share of `total`), then fall along a cosine.
+
+    It ends with `floor`, a factor, at step `total`.
+    """
+    warmup = _steps(warmup, total)
     _check(total, warmup)
 
     def factor(step: int) -> float:
@@ -30,9 +34,13 @@ def warmup_cosine(optimizer: Optimizer, total: int, warmup: int = 0, floor: floa
 
 
 def warmup_stable_decay(
-    optimizer: Optimizer, total: int, warmup: int = 0, decay: int = 0, floor: float = 0.0
+    optimizer: Optimizer, total: int, warmup: int | float = 0, decay: int | float = 0, floor: float = 0.0
 ) -> LambdaLR:
-    """Rise linearly over `warmup` steps, stay, then fall linearly to `floor` (a factor) over the last `decay` steps."""
+    """Rise linearly over `warmup` steps, stay, then fall linearly to `floor` (a factor) over the last `decay` steps.
+
+    A warm-up or decay below 1 is a share of `total`.
+    """
+    warmup, decay = _steps(warmup, total), _steps(decay, total)
     _check(total, warmup + decay)
 
     def factor(step: int) -> float:
@@ -40,6 +48,10 @@ def warmup_stable_decay(
         return _rise(step, warmup) * (floor + (1 - floor) * left)
 
     return LambdaLR(optimizer, factor)
+
+
+def _steps(length: int | float, total: int) -> int:
+    return round(length * total) if length < 1 else int(length)
 
 
 def _rise(step: int, warmup: int) -> float:

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from praxino import checkpoint
-from praxino.callbacks.checkpoint import Checkpoint, DurableIO
+from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.config import check, instantiate, plain, redacted
 from praxino.errors import ConfigError
@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if isinstance(callback, Checkpoint):
             callback.config = redacted(plain(cfg))
     loggers = [RunLog(str(out)), *(SafeLogger(instantiate(logger)) for logger in cfg.logger.values() if logger)]
-    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[DurableIO()])
+    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
         describe_training(model.net, trainer, out, resume)
