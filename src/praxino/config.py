@@ -51,9 +51,19 @@ def run_id() -> str:
     return os.environ.setdefault("PRAXINO_RUN_ID", name)
 
 
+def native_bf16(yes: str, no: str) -> str:
+    """Choose by whether the CPU multiplies in bf16; where it does not, bf16 is emulated and slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="ignore")
+    except OSError:
+        return no
+    return yes if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else no
+
+
 def register_resolvers() -> None:
-    """Make `${run_id:}` known to OmegaConf."""
+    """Make `${run_id:}` and `${native_bf16:YES,NO}` known to OmegaConf."""
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("native_bf16", native_bf16, replace=True)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,5 @@ def quiet_lightning() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice

@@ -1,0 +1,173 @@
+"""The tasks end to end on small videos: train, resume, reconstruct, evaluate."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import praxino
+from praxino import video
+from praxino.config import conf_dir, register_resolvers
+from praxino.data.synthetic import draw, make_dataset
+from praxino.errors import ConfigError, DataError
+from praxino.models.wfvae import WFVAE
+from praxino.tasks.evaluate import evaluate
+from praxino.tasks.reconstruct import fitting_chunk, output_names, reconstruct
+from praxino.tasks.train import run as train
+
+NET = ["model.net.base_channels=8", "model.net.encoder_energy_flow_hidden_size=8"]
+NET += ["model.net.decoder_energy_flow_hidden_size=8", "model.net.latent_dim=4"]
+
+
+def trained(out: Path, *overrides: str) -> dict[str, float]:
+    register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        cfg = compose("train", overrides=["experiment=wfvae_tiny", f"out={out}", *NET, *overrides])
+    return train(cfg)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "videos", videos=6, val_videos=2, frames=12, size=32)
+
+
+@pytest.fixture(scope="module")
+def settings(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    data = [f"data.root={videos}/train", f"data.val_root={videos}/val", "data.workers=0"]
+    data += [f"data.cache_dir={tmp_path_factory.mktemp('cache')}"]
+    return [*data, "frames=5", "size=16", "batch=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    metrics = trained(out, *settings, "trainer.max_steps=4", "trainer.val_check_interval=2", "checkpoint.every=2")
+    assert metrics["step"] == 4
+    assert 0 < metrics["val/psnr"] < 100
+    return out
+
+
+def test_a_run_directory_says_everything(finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert {"config.yaml", "overrides.yaml", "versions.json", "log.txt", "metrics.csv", "metrics.jsonl"} <= names
+    assert {"checkpoints/step-00000002.ckpt", "checkpoints/step-00000004.ckpt"} <= names
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "val/psnr" in row] == [2, 4]
+    header = (finished / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"step", "train/loss", "val/psnr", "val/ssim"} <= set(header)
+    assert json.loads((finished / "versions.json").read_text())["praxino"]
+    assert any(path.startswith("media/") for path in names)
+
+
+def test_a_used_directory_is_not_overwritten(finished: Path, settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match="ckpt=last goes on"):
+        trained(finished, *settings, "trainer.max_steps=1")
+
+
+def test_resume_and_weights(finished: Path, settings: list[str], tmp_path: Path) -> None:
+    whole = [*settings, "checkpoint.every=2", "trainer.max_steps=4", "model.scheduler.total=4"]
+    trained(tmp_path / "straight", *whole)
+    first = [*whole, "trainer.max_steps=2"]
+    trained(tmp_path / "parts", *first)
+    trained(tmp_path / "parts", *whole, "ckpt=last")
+    for weights in ("raw", "ema"):
+        straight, parts = (praxino.load(tmp_path / name, weights=weights).state_dict() for name in ("straight", "parts"))
+        assert all(torch.equal(straight[key], parts[key]) for key in straight)
+    initialised = trained(tmp_path / "begun", *settings, "trainer.max_steps=1", f"weights={finished}")
+    assert initialised["step"] == 1
+    with pytest.raises(ConfigError, match="do not fit model.net"):
+        trained(tmp_path / "other", *settings, f"weights={finished}", "model.net.base_channels=16")
+
+
+def test_reconstruct_mirrors_a_tree(finished: Path, videos: Path, tmp_path: Path) -> None:
+    result = reconstruct(
+        vae=str(finished), input=str(videos), out=str(tmp_path / "out"), save_original=True, side_by_side=True, limit=3
+    )
+    assert result["videos"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "out" / "reconstructions.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row.keys() >= {"path", "frames", "size", "fps", "psnr", "ssim", "seconds"}
+        original, shown = video.probe(videos / row["path"]), video.probe(tmp_path / "out" / row["output"])
+        assert (shown.frames, shown.height, shown.width, shown.fps) == (12, 32, 32, original.fps)
+        kept = video.read(tmp_path / "out" / "origin" / row["output"])
+        assert torch.equal(kept, video.read(videos / row["path"]))
+        assert video.probe(tmp_path / "out" / "side_by_side" / row["output"]).width == 64
+    compared = evaluate(out=str(tmp_path / "eval"), real=str(tmp_path / "out" / "origin"), fake=str(tmp_path / "out"))
+    assert compared["n"] == 3
+
+
+def test_reconstruct_does_not_depend_on_the_chunk(finished: Path, videos: Path, tmp_path: Path) -> None:
+    source = next((videos / "val").rglob("*.mp4"))
+    for chunk in (1, 5, 64):
+        reconstruct(
+            vae=str(finished), input=str(source), out=str(tmp_path / str(chunk)), chunk=chunk, lossless=True, frames=10
+        )
+    first, *others = [video.read(tmp_path / str(chunk) / f"{source.stem}.mp4") for chunk in (1, 5, 64)]
+    assert first.shape == (10, 32, 32, 3)
+    for other in others:
+        assert (first.int() - other.int()).abs().max() <= 1  # rounding at .5
+
+
+def test_reconstruct_takes_any_size(finished: Path, tmp_path: Path) -> None:
+    clip = draw(0, frames=6, size=[38, 22], seed=1)[1]
+    video.write(tmp_path / "in" / "deep" / "odd.mp4", clip, 23.976)
+    reconstruct(vae=str(finished), input=str(tmp_path / "in"), out=str(tmp_path / "out"), stride=2)
+    info = video.probe(tmp_path / "out" / "deep" / "odd.mp4")
+    assert (info.frames, info.height, info.width) == (3, 38, 22)
+    assert float(info.fps) == pytest.approx(23.976 / 2, rel=1e-3)
+
+
+def test_reconstruct_refuses_to_write_into_its_input(finished: Path, videos: Path) -> None:
+    with pytest.raises(ConfigError, match="lies inside"):
+        reconstruct(vae=str(finished), input=str(videos), out=str(videos / "out"))
+
+
+def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for path in (videos / "train").rglob("*.mp4"):
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data" / "broken.mp4").write_bytes(b"no video")
+    video.write(tmp_path / "data" / "brief.mp4", draw(0, frames=3)[1], 25)
+    result = evaluate(
+        out=str(tmp_path / "out"), vae=str(finished), data={"root": str(tmp_path / "data")}, frames=5, size=16, workers=0
+    )
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == result["n"] == 6
+    assert result["psnr"]["mean"] == pytest.approx(sum(float(row["psnr"]) for row in rows) / 6)
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["psnr"].keys() == {"mean", "std", "n"}
+    assert written["protocol"]["frames"] == 5
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {row["path"] for row in rejected} == {"broken.mp4", "brief.mp4"}
+    batched = evaluate(
+        out=str(tmp_path / "b"), vae=str(finished), data={"root": str(tmp_path / "data")}, frames=5, size=16, batch=4
+    )
+    assert batched["psnr"]["mean"] == pytest.approx(result["psnr"]["mean"], abs=1e-4)
+
+
+def test_evaluate_demands_partners(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="without a partner"):
+        evaluate(out=str(tmp_path), real=str(videos / "train"), fake=str(videos / "val"))
+    same = evaluate(out=str(tmp_path), real=str(videos / "val"), fake=str(videos / "val"))
+    assert same["psnr"]["mean"] == 100
+    assert same["ssim"]["mean"] == pytest.approx(1)
+
+
+def test_official_directories_are_taken(videos: Path, tmp_path: Path) -> None:
+    vae = WFVAE(latent_dim=4, base_channels=8, norm_type="layernorm")
+    praxino.checkpoint.save_official(vae, tmp_path / "official")  # type: ignore[attr-defined]
+    result = evaluate(
+        out=str(tmp_path), vae=str(tmp_path / "official"), data={"root": str(videos)}, frames=5, size=16, limit=2
+    )
+    assert result["n"] == 2
+
+
+def test_names_and_chunks() -> None:
+    assert output_names(["a/x.webm", "a/y.gif", "b/x.mp4"]) == ["a/x.mp4", "a/y.mp4", "b/x.mp4"]
+    assert output_names(["x.webm", "X.mp4", "y.mkv"]) == ["x.webm.mp4", "X.mp4.mp4", "y.mp4"]
+    assert [fitting_chunk(*size) for size in ((16, 16), (256, 256), (1080, 1920), (4320, 7680))] == [64, 16, 1, 1]
