@@ -1,5 +1,6 @@
 """Loaders that know where they are: exact resume in mid-epoch, and one clear message when the data fails."""
 
+import gc
 import logging
 import signal
 from collections.abc import Iterator
@@ -129,17 +130,27 @@ class PlannedLoader(DataLoader):
         while True:
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:
-                raise DataError(self._lost_worker(error)) from error
+                if batch is not None:
+                    batch = self.failures.judge(batch)
+            except (RuntimeError, DataError) as error:
+                self.close()
+                raise self._explain(error) from None
             if batch is None:
                 return
-            yield self.failures.judge(batch)
+            yield batch
 
-    def _lost_worker(self, error: RuntimeError) -> str:
-        if "DataLoader" not in str(error):
-            raise error
+    def close(self) -> None:
+        """End the workers now: left to the garbage collector, each of them may take seconds."""
+        if self._iterator is not None and self.num_workers > 0:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        self._iterator = None
+
+    def _explain(self, error: RuntimeError | DataError) -> Exception:
+        if isinstance(error, DataError) or "DataLoader" not in str(error):
+            return error
         reason = str(error).strip().splitlines()[0]
-        return f"a decoding process died or hung under {self.failures.root}: {reason}. Try data.workers=0 to see where."
+        root = self.failures.root
+        return DataError(f"a decoding process died or hung under {root}: {reason}. Try data.workers=0 to see where.")
 
 
 class ResumableLoader(PlannedLoader):
@@ -186,3 +197,4 @@ def _default_context() -> str:
 def _start_worker(number: int) -> None:
     """Leave an interrupt from the keyboard to the main process, which then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what a fork inherits stays: collecting another loader here would end the workers of the main process

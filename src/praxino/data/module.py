@@ -115,6 +115,7 @@ class VideoData(pl.LightningDataModule):
         self._error: PraxinoError | None = None
         self._state: dict[str, Any] | None = None
         self._loader: ResumableLoader | None = None
+        self._open: list[PlannedLoader] = []
 
     # What there is
 
@@ -213,7 +214,7 @@ class VideoData(pl.LightningDataModule):
         device = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
         name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
         quarantine = None if self.rejected is None else self.rejected.with_name(name)
-        return kind(
+        loader = kind(
             clips,
             plan,
             FailureLog(tree.root, quarantine, self.max_bad),
@@ -223,6 +224,14 @@ class VideoData(pl.LightningDataModule):
             timeout=self.timeout,
             context=self.context,
         )
+        self._open.append(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers."""
+        for loader in self._open:
+            loader.close()
+        self._open = []
 
     def _parts(self) -> tuple[Usable, Usable]:
         if self.found is None:

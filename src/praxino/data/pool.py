@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import signal
 import time
@@ -100,6 +101,7 @@ def run_all(
 def _serve(pipe: Connection, function: Callable[..., Any], inherited: list[Connection]) -> None:
     """Answer calls until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # do not collect here what a fork inherits: it may be a loader, whose workers that would end
     faulthandler.disable()  # a crash is a result here, not a reason for a page of addresses
     for other in inherited:  # else this process would keep its siblings' pipes open after the parent has died
         other.close()
