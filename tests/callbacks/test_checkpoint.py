@@ -144,7 +144,7 @@ def test_full_disk_keeps_the_old_file_and_training(tmp_path, monkeypatch, caplog
 def test_three_failures_end_the_run(tmp_path, monkeypatch):
     disk = FullDisk(monkeypatch)
     disk.full = True
-    with pytest.raises(StorageError, match="cannot be written.*No space left"):
+    with pytest.raises(StorageError, match=r"cannot be written.*No space left"):
         fit(Checkpoint(str(tmp_path / "checkpoints"), every=1), max_steps=5)
     assert names(tmp_path) == []
 
@@ -203,9 +203,9 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_a_used_directory_is_given_free(tmp_path):
     train(tmp_path, steps=1)
+    module = make_module(max_bad_steps=1)
+    module.net.decoder.conv_out.bias.data[0] = float("nan")
     with pytest.raises(NonFiniteError):
-        module = make_module(max_bad_steps=1)
-        module.net.decoder.conv_out.bias.data[0] = float("nan")
         train(tmp_path, steps=2, module=module)
     lock(tmp_path / "checkpoints").close()
 

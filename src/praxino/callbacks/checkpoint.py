@@ -108,10 +108,10 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self._supersede(pl_module.step)
         # Lightning ends the epoch of a checkpoint taken at its last batch, but forgets to count the next one as begun:
         # a second resume would take another epoch.
-        loop = trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            loop.epoch_progress.increment_ready()
-            loop.epoch_progress.increment_started()
+        epochs: Any = trainer.fit_loop.epoch_progress
+        if trainer.fit_loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is time, never between the batches of one step."""

@@ -1,6 +1,7 @@
 """The training of a video autoencoder: manual optimisation with a step counter of its own."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -88,6 +89,7 @@ class VAEModule(pl.LightningModule):
         self.fault: dict[str, Any] | None = None  # what is known of a bad step, until the next batch
         self.latest: dict[str, float] = {}  # last logged values, for the progress bar
         self.gauges: dict[str, float] = {}  # values of callbacks, logged with the next training row
+        self.batch_ended: float | None = None  # when the last batch was done with, on the monotonic clock
         self._group: list[dict[str, Any]] = []  # the micro-batches since the last step
         self._rows: dict[int, list[float]] = {}  # validation: sample index -> values
         self._names: list[str] = []
@@ -160,10 +162,14 @@ class VAEModule(pl.LightningModule):
             self._optimizer_step(terms=list(terms), x=x, recon=output.recon.detach())
             self._group = []
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the time, after all callbacks."""
+        self.batch_ended = time.monotonic()
+
     def _optimizer_step(self, terms: list[str], x: Tensor, recon: Tensor) -> None:
         """Clip, step, advance the schedule; or skip the step on all ranks where anything is not finite."""
         optimizer: Any = self.optimizers()
-        values = torch.stack([torch.stack([micro[name].float() for name in terms]) for micro in self._group]).mean(0)
+        values = torch.stack([torch.stack([micro[name].double() for name in terms]) for micro in self._group]).mean(0)
         norm = gradient_norm(self.net.parameters())
         if self._finite_everywhere(values, norm):
             lr = optimizer.param_groups[0]["lr"]

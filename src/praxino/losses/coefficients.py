@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from praxino.losses.pixel import full
+
 
 def coefficient_l1(encoder: Sequence[Tensor], decoder: Sequence[Tensor]) -> Tensor:
     """Return the mean absolute difference over all coefficients of all levels together, a scalar.
@@ -19,5 +21,5 @@ def coefficient_l1(encoder: Sequence[Tensor], decoder: Sequence[Tensor]) -> Tens
             f"{len(encoder)} levels of encoder and {len(decoder)} of decoder coefficients cannot be compared: "
             "a network without coefficients needs wavelet=0."
         )
-    total = torch.stack([(e.float() - d.float()).abs().sum() for e, d in zip(encoder, decoder, strict=True)]).sum()
+    total = torch.stack([(full(e) - full(d)).abs().sum() for e, d in zip(encoder, decoder, strict=True)]).sum()
     return total / sum(e.numel() for e in encoder)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from praxino.errors import ConfigError
 from praxino.losses.coefficients import coefficient_l1
-from praxino.losses.pixel import charbonnier, l1, l2
+from praxino.losses.pixel import charbonnier, full, l1, l2
 
 
 class Reconstruction(Protocol):
@@ -50,7 +50,7 @@ class VAELoss(nn.Module):
         Video `x` and `output.recon` are `(B, C, T, H, W)` in [-1, 1].
         """
         terms = {name: self.term(name, x, output) for name, weight in self.weights.items() if weight}
-        loss = sum((self.weights[name] * term for name, term in terms.items()), start=x.new_zeros(()))
+        loss = sum((self.weights[name] * term for name, term in terms.items()), start=full(x).new_zeros(()))
         return {"loss": loss, **terms}
 
     def term(self, name: str, x: Tensor, output: Reconstruction) -> Tensor:
@@ -71,6 +71,6 @@ class VAELoss(nn.Module):
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return the mean divergence of N(mean, exp(logvar)) from the standard normal per element, in nats, in float32."""
-    mean, logvar = mean.float(), logvar.float()
+    """Return the mean divergence of N(mean, exp(logvar)) from the standard normal per element in nats, in float32 at least."""
+    mean, logvar = full(mean), full(logvar)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

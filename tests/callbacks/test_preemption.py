@@ -1,0 +1,67 @@
+"""A run that is told to stop saves, and says so by its exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from praxino.callbacks.checkpoint import is_whole
+from training import Data, Tape, load, make_module, train
+
+SCRIPT = Path(__file__).with_name("preempt_run.py")
+
+
+def start(out: Path, ranks: int = 1) -> subprocess.Popen:
+    """Start a run and wait for its third step."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(out), str(ranks)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.strip() == "step 3":
+            return run
+    raise AssertionError(f"the run ended early with code {run.wait()}")
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path):
+    run = start(tmp_path)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    assert is_whole(path)
+    step = load(path)["praxino"]["step"]
+    assert step >= 3
+    tape, module = Tape(), make_module(accumulate=2)
+    train(tmp_path, step + 1, module, Data(count=100), path, callbacks=(tape,))  # goes on with the next two batches
+    assert (module.step, len(tape.seen)) == (step + 1, 2)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    run = start(tmp_path)
+    run.send_signal(signal.SIGUSR1)
+    time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) in (143, 75)  # 75 where the step was over before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["main", "child", "both"])
+def test_two_ranks_leave_together(tmp_path, kind):
+    run = start(tmp_path, ranks=2)
+    (child,) = (pid for pid in children(run.pid) if SCRIPT.name in Path(f"/proc/{pid}/cmdline").read_text())
+    for process in {"main": [run.pid], "child": [child], "both": [run.pid, child]}[kind]:
+        os.kill(process, signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    assert is_whole(path)
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()

@@ -1,0 +1,60 @@
+"""A training that the tests launch on one or two ranks: python ddp_run.py OUT SCENARIO RANKS."""
+
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from praxino.callbacks.guard import FiniteGuard
+from training import Data, make_module, train
+
+
+def main(out: Path, scenario: str, ranks: int) -> None:
+    torch.set_num_threads(1)
+    options = {
+        "devices": ranks,
+        "strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=40), broadcast_buffers=False)
+        if ranks > 1
+        else "auto",
+    }
+    steps, resume, callbacks = 3, None, ()
+    if scenario in ("plain", "accumulate"):
+        accumulate = 2 if scenario == "accumulate" else 1
+        module = make_module(
+            optimizer=partial(torch.optim.SGD, lr=0.1), scheduler=None, sample_posterior=False, accumulate=accumulate
+        ).double()
+        data = Data(count=24, batch=4 // ranks)
+        options |= {"precision": "64-true", "limit_val_batches": 1.0, "val_check_interval": 3 * accumulate}
+        options |= {"check_val_every_n_epoch": None}
+    else:
+        module, data = make_module(), Data(count=24)
+    if scenario.startswith("resume"):
+        steps = 4 if scenario == "resume-first" else 8  # epochs of 6 batches
+        resume = out / "checkpoints" / "step-00000004.ckpt" if scenario == "resume-second" else None
+    if scenario == "bad":
+        callbacks = (FiniteGuard(str(out / "faults")),)
+        backward = module.manual_backward
+
+        def poisoned(loss: torch.Tensor) -> None:
+            bad = module.global_rank == 1 and module.step == 1 and module.skipped == 0
+            backward(loss * float("nan") if bad else loss)
+
+        module.manual_backward = poisoned
+    train(out, steps, module, data, resume, callbacks, **options)
+    torch.save(
+        {
+            "weights": torch.cat([p.detach().flatten() for p in module.net.parameters()]),
+            "ema": torch.cat([p.flatten() for p in module.ema_net.parameters()]),
+            "step": module.step,
+            "skipped": module.skipped,
+        },
+        out / f"rank{module.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
