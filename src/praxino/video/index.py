@@ -12,6 +12,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -172,7 +173,7 @@ def _count(path: str, max_pixels: int, starts: list[int]) -> Index:
     """Index one video file by decoding all of it, up to the first damage."""
     first, delivered, damage = None, [], ""
     with Source(path, max_pixels) as source:
-        source.stream.codec_context.options = {"max_pixels": str(max_pixels), "skip_loop_filter": "all"}
+        source.stream.codec_context.options = source.limits() | {"skip_loop_filter": "all"}
         try:
             for frame in source.frames():
                 first = first or frame
@@ -270,4 +271,5 @@ class Cache:
             os.replace(draft, file)
         except OSError as error:
             log.debug("index of %s is not kept: %s", ascii(path), error)
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()

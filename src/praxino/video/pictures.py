@@ -43,7 +43,9 @@ def decode_picture(path: str, max_pixels: int) -> VideoFrame:
         context = av.CodecContext.create(codec, "r")
         assert isinstance(context, VideoCodecContext)
         context.thread_count = 1
-        context.options = {"max_pixels": str(max_pixels), "err_detect": "explode"}
+        context.options = {"max_pixels": str(max_pixels)}
+        if codec == "mjpeg":  # otherwise what is missing of a picture is filled with gray
+            context.options |= {"err_detect": "explode"}
         try:
             frames = context.decode(Packet(data)) or context.decode(None)
         except av.error.ArgumentError:

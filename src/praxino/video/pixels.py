@@ -26,8 +26,16 @@ class Turn:
 
     @classmethod
     def of(cls, frame: VideoFrame) -> "Turn":
-        """Read the display matrix (or EXIF orientation), mirrors included, to the nearest quarter turn."""
-        side = frame.side_data.get("DISPLAYMATRIX")
+        """Read the display matrix, mirrors included, to the nearest quarter turn.
+
+        PyAV cannot list the side data of frames that carry EXIF: for them, `frame.rotation` gives the turn of the
+        orientation, and mirrored EXIF orientations, which it does not know, come out wrong.
+        """
+        try:
+            side = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError:
+            quarter = round(frame.rotation / 90) % 4  # counter-clockwise
+            return cls(quarter % 2 == 1, quarter in (2, 3), quarter in (1, 2))
         if side is None:
             return cls()
         a, b, _, c, d = struct.unpack(

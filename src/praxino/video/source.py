@@ -88,7 +88,7 @@ class Source:
                 self._check_size(context.width, context.height)
                 context.thread_type = "NONE"
                 context.thread_count = 1
-                context.options = {"max_pixels": str(max_pixels)}
+                context.options = self.limits()
         except BaseException:
             self.container.close()
             raise
@@ -121,6 +121,10 @@ class Source:
             detail = f"{width}x{height} is more than {self.max_pixels} pixels: raise max_pixels to read it"
             raise DecodeFailure(self.path, "too_large", detail)
 
+    def limits(self) -> dict[str, str]:
+        """Return the decoder's own limit, which counts padding; the exact one is checked on every frame."""
+        return {"max_pixels": str(2 * self.max_pixels)}
+
     def packets(self) -> Iterator[Packet]:
         """Yield the packets of the video stream, and an empty one at the end that drains the decoder."""
         with failures(self.path, "corrupt"):
@@ -129,10 +133,11 @@ class Source:
     def is_cut_off(self, packet: Packet) -> bool:
         """Tell whether the file ends within this packet: decoders would fill up the picture.
 
-        MPEG transport streams mark packets for other reasons too; the data of a GIF frame ends with a zero.
+        MPEG transport streams mark packets for other reasons too; the data of a GIF frame ends with a zero, and that of
+        the last one may hold the end mark of the file.
         """
         if self.codec == "gif" and packet.size:
-            return memoryview(packet)[-1] != 0
+            return memoryview(packet)[-1] not in (0x00, 0x3B)
         return packet.is_corrupt and self.container.format.name != "mpegts"
 
     def decode(self, packet: Packet | None) -> list[VideoFrame]:
