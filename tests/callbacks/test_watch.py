@@ -44,7 +44,7 @@ class SlowStep(pl.Callback):
         time.sleep(0.05)
 
     def on_validation_epoch_start(self, *args) -> None:
-        time.sleep(1.0)
+        time.sleep(0.5)
 
 
 def test_throughput_counts_waiting_and_not_validation(tmp_path):

@@ -71,6 +71,6 @@ class VAELoss(nn.Module):
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return the mean divergence of N(mean, exp(logvar)) from the standard normal per element in nats, in float32 at least."""
+    """Return the mean divergence of N(mean, exp(logvar)) from N(0, 1) per element, in nats, at least in float32."""
     mean, logvar = full(mean), full(logvar)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
