@@ -114,7 +114,7 @@ def test_validation_does_not_depend_on_the_batch(tmp_path):
 def test_validation_uses_the_average(tmp_path):
     module = make_module(optimizer=sgd(0.5), scheduler=None)
     options = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
-    train(tmp_path, steps=3, module=module, **options)
+    trainer = train(tmp_path, steps=3, module=module, **options)
     assert module.eval_net is module.ema_net
     video = torch.stack([Clips(5)[(999, index)]["video"] for index in range(5)])
     batch = {"video": video, "index": torch.arange(5)}
@@ -123,6 +123,7 @@ def test_validation_uses_the_average(tmp_path):
         module.validation_step(batch, 0)
     mean = torch.tensor(list(module._rows.values()), dtype=torch.float64).mean(0)
     assert rows(tmp_path)[-1]["val/psnr"] == pytest.approx(mean[0].item(), abs=1e-9)
+    assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(mean[0].item(), abs=1e-5)
     psnr = mean[0].item()
     del module.__dict__["ema_net"]
     with torch.no_grad():
