@@ -290,7 +290,7 @@ class SyntheticData(VideoData):
         val_videos: int = 32,
         length: int | None = None,
         texture: float = 0.15,
-        quality: int = 8,
+        quality: int = 0,
         data_seed: int = 0,
         frames: int = 17,
         size: int | list[int] = 32,

@@ -71,10 +71,8 @@ def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.n
     if shape == "disc":
         return np.hypot(dx, dy) - radius
     if shape == "square":
-        side = np.maximum(np.abs(dx), np.abs(dy)) - 0.85 * radius
-        return side
-    slope = np.abs(dx) * math.sqrt(3) / 2 - (dy + 0.25 * radius) / 2  # an upright triangle, its centre a little low
-    return np.maximum(slope, dy + 0.25 * radius - 0.75 * radius) - 0.5 * radius
+        return np.maximum(np.abs(dx), np.abs(dy)) - 0.85 * radius
+    return np.maximum(np.abs(dx) * math.sqrt(3) / 2 - dy / 2, dy) - 0.5 * radius
 
 
 def _write_one(
@@ -91,7 +89,7 @@ def _write_one(
     shape, clip = draw(number, frames=frames, size=size, seed=seed, texture=texture, split=part)
     folder = out / part / shape
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{number:06d}.mp4", clip, fps, codec="h264", quality=quality)
+    write(folder / f"{number:06d}.mp4", clip, fps, codec="h264" if quality else "lossless", quality=quality)
 
 
 def make_dataset(
@@ -104,20 +102,21 @@ def make_dataset(
     fps: float = 25.0,
     seed: int = 0,
     texture: float = 0.15,
-    quality: int = 8,
+    quality: int = 0,
     workers: int | None = None,
 ) -> Path:
     """Write `out/train/SHAPE/NUMBER.mp4` and `out/val/...`; nothing to do where the same set is there already.
 
     Args:
-        quality: constant rate factor of H.264; 0 is lossless in luma, 8 cannot be told apart by eye.
+        quality: 0 is lossless, so that reading gives what `draw` drew; else the constant rate factor of H.264 in 4:2:0,
+            whose bytes are not the same every time.
         workers: processes, None for one per core.
 
     Raises:
         ConfigError: a value out of range, or `out` holds something else.
     """
     out = Path(out)
-    _check(videos, val_videos, frames, size, fps, seed, texture)
+    _check(videos, val_videos, frames, size, fps, seed, texture, quality)
     wanted: dict[str, Any] = {
         "videos": videos,
         "val_videos": val_videos,
@@ -147,7 +146,14 @@ def make_dataset(
 
 
 def _check(
-    videos: int, val_videos: int, frames: int, size: int | list[int], fps: float, seed: int, texture: float
+    videos: int,
+    val_videos: int,
+    frames: int,
+    size: int | list[int],
+    fps: float,
+    seed: int,
+    texture: float,
+    quality: int,
 ) -> None:
     sides = [size] if isinstance(size, int) else list(size)
     if videos < 1 or val_videos < 0 or frames < 1 or seed < 0:
@@ -155,8 +161,9 @@ def _check(
         raise ConfigError(f"{given}: use at least 1, 0, 1 and 0")
     if not 1 <= len(sides) <= 2 or any(side < 8 or side % 2 for side in sides):
         raise ConfigError(f"size {size}: use an even number from 8 on, or [height, width]")
-    if not fps > 0 or not 0 <= texture <= 1:
-        raise ConfigError(f"fps {fps}, texture {texture}: use a positive fps and a texture from 0 to 1")
+    if not fps > 0 or not 0 <= texture <= 1 or not 0 <= quality <= 51:
+        given = f"fps {fps}, texture {texture}, quality {quality}"
+        raise ConfigError(f"{given}: use a positive fps, a texture from 0 to 1, a quality from 0 (lossless) to 51")
 
 
 def _is_there(out: Path, wanted: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from praxino.data.transforms import Resize
 from praxino.video import DecodeFailure, Video
 
 Sample = dict[str, Any]
+LATEST = 512  # videos whose frame index each process keeps
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class VideoClips(Dataset):
     ) -> None:
         self.root, self.entries, self.clips, self.resize = os.fspath(root), entries, clips, resize
         self.seed, self.shuffle, self.tries, self.index_dir = seed, shuffle, tries, index_dir
+        self._latest: dict[str, tuple[tuple[int, int], Video]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_latest": {}}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -80,7 +85,7 @@ class VideoClips(Dataset):
         index = video if index is None else index
         rng = np.random.default_rng([1, self.seed, epoch, index])
         entry = self.entries[video]
-        with Video(os.path.join(self.root, entry.path), **self._options()) as source:
+        with self._video(entry) as source:
             info = source.info
             times = source.timestamps if self.clips.fps is not None else None
             frames = self.clips.indices(info.frames, rng, times)
@@ -99,8 +104,24 @@ class VideoClips(Dataset):
             "fps": self.clips.fps or float(info.fps) / (step or 1.0),
         }
 
-    def _options(self) -> dict[str, Any]:
-        return {} if self.index_dir is None else {"index_dir": self.index_dir}
+    def _video(self, entry: Entry) -> Video:
+        """Return a closed video: one of the latest, which has its frame index at hand, if its file is the same."""
+        path = os.path.join(self.root, entry.path)
+        options: dict[str, Any] = {} if self.index_dir is None else {"index_dir": self.index_dir}
+        if entry.info.kind != "file":
+            return Video(path, **options)
+        try:
+            status = os.stat(path)
+            stamp = (status.st_size, status.st_mtime_ns)
+        except OSError:
+            return Video(path, **options)
+        known = self._latest.pop(path, None)
+        if known is None or known[0] != stamp:
+            known = (stamp, Video(path, **options))
+        self._latest[path] = known
+        if len(self._latest) > LATEST:
+            del self._latest[next(iter(self._latest))]
+        return known[1]
 
     def _candidates(self, epoch: int, video: int) -> Iterator[int]:
         """Yield the video itself, then the ones after it in the order of the epoch."""
