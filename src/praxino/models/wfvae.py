@@ -15,7 +15,7 @@ from praxino.models.vae import Piece, VideoVAE
 from praxino.ops import wavelet
 from praxino.ops.attention import AttnBlock3DFix
 from praxino.ops.blocks import ResnetBlock2D, ResnetBlock3D
-from praxino.ops.causal import CausalConv3d, Chain, Conv2d, Stream
+from praxino.ops.causal import CausalConv3d, Chain, FrameConv, Stream
 from praxino.ops.norm import NormType, make_norm, norm_silu
 from praxino.ops.resample import (
     Downsample,
@@ -58,17 +58,17 @@ class Encoder(nn.Module):
         super().__init__()
         c = base
         self.down1 = Chain(
-            Conv2d(24, c),
+            FrameConv(24, c),
             *[ResnetBlock2D(c, c, dropout, norm_type) for _ in range(resblocks)],
             Spatial2xTime2x3DDownsample(c) if time_in_l1 else Downsample(c),
         )
         self.down2 = Chain(
-            Conv2d(c + flow, 2 * c),
+            FrameConv(c + flow, 2 * c),
             *[ResnetBlock3D(2 * c, 2 * c, dropout, norm_type) for _ in range(resblocks)],
             Spatial2xTime2x3DDownsample(2 * c),
         )
-        self.connect_l1 = Conv2d(24 if time_in_l1 else 12, flow)
-        self.connect_l2 = Conv2d(24, flow)
+        self.connect_l1 = FrameConv(24 if time_in_l1 else 12, flow)
+        self.connect_l2 = FrameConv(24, flow)
         self.mid = middle(
             ResnetBlock3D(2 * c + flow, 4 * c, dropout, norm_type),
             ResnetBlock3D(4 * c, 4 * c, dropout, norm_type),
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
             return ResnetBlock3D(width, out, dropout, norm_type)
 
         def outflow(channels: int) -> Chain:
-            return Chain(*[block(flow, flow) for _ in range(connect)], Conv2d(flow, channels))
+            return Chain(*[block(flow, flow) for _ in range(connect)], FrameConv(flow, channels))
 
         c = base
         self.width = 4 * c
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         self.connect_l1 = outflow(24 if time_in_l1 else 12)
         self.connect_l2 = outflow(24)
         self.norm_out = make_norm(norm_type, c)
-        self.conv_out = Conv2d(c, 24)
+        self.conv_out = FrameConv(c, 24)
         self.inverse_wavelet_transform_out = wavelet.InverseHaarWaveletTransform3D()
         self.inverse_wavelet_transform_l1 = (
             wavelet.InverseHaarWaveletTransform3D() if time_in_l1 else wavelet.InverseHaarWaveletTransform2D()

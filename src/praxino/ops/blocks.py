@@ -2,14 +2,14 @@
 
 from torch import Tensor, nn
 
-from praxino.ops.causal import CausalConv3d, Conv2d, Stream
+from praxino.ops.causal import CausalConv3d, FrameConv, Stream
 from praxino.ops.norm import NormType, make_norm, norm_silu
 
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, dropout, conv, plus the input (by a 1x1 convolution if the width changes)."""
 
-    conv: type[CausalConv3d] | type[Conv2d]
+    conv: type[CausalConv3d] | type[FrameConv]
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, norm_type: NormType) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ResnetBlock(nn.Module):
 class ResnetBlock2D(ResnetBlock):
     """A residual block inside each frame."""
 
-    conv = Conv2d
+    conv = FrameConv
 
 
 class ResnetBlock3D(ResnetBlock):

@@ -9,7 +9,6 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Stream:
@@ -135,8 +134,8 @@ class CausalConv3d(nn.Module):
         return None if x is None else self.conv(x)
 
 
-class Conv2d(nn.Conv2d):
-    """A 2D convolution of every frame of a video, spatial size kept."""
+class FrameConv(nn.Conv2d):
+    """A 2D convolution of every frame of a video, size kept."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
@@ -144,9 +143,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:  # type: ignore[override]
         if x is None:
             return None
-        frames = fold(x).contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(frames, self.weight, self.bias, padding=self.padding)
-        return unfold(y, len(x))
+        return unfold(super().forward(fold(x).contiguous(memory_format=torch.channels_last)), len(x))
 
 
 class Chain(nn.Sequential):
