@@ -69,14 +69,12 @@ def test_slow_lowers_the_stride_first():
     assert clip.tolist() == [0, 2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("length", range(1, 40))
-@pytest.mark.parametrize(
-    "sampler", [ClipSampler(5), ClipSampler(5, 3), ClipSampler(5, 3, True), ClipSampler(5, fps=10)]
-)
-def test_fits_agrees_with_indices(arguments, length):
+@pytest.mark.parametrize("arguments", [(5,), (5, 3), (5, 3, True), (5, 1, False, 10)])
+def test_fits_agrees_with_indices(arguments):
     sampler = ClipSampler(*arguments)
-    clip = sampler.indices(length, np.random.default_rng(0), np.arange(length) / 25)
-    assert sampler.fits(length, Fraction(25)) == (clip is not None)
+    for length in range(1, 40):
+        clip = sampler.indices(length, np.random.default_rng(0), np.arange(length) / 25)
+        assert sampler.fits(length, Fraction(25)) == (clip is not None)
 
 
 def test_target_rate_follows_the_timestamps_of_a_variable_rate():
@@ -84,10 +82,8 @@ def test_target_rate_follows_the_timestamps_of_a_variable_rate():
     times = np.cumsum(rng.uniform(0.02, 0.2, 300))
     times -= times[0]
     for clip in draws(ClipSampler(9, fps=8), 300, 200, times):
-        wanted = clip[0] and times[clip[0]]
         error = np.abs(times[clip] - times[clip[0]] - np.arange(9) / 8)
         assert error.max() <= 0.2  # half a gap at either end
-        assert wanted >= 0
     starts = [c[0] for c in draws(ClipSampler(9, fps=8, where="start"), 300, 2, times)]
     assert starts == [0, 0]
 

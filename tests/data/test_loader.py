@@ -1,7 +1,9 @@
 """Loading: the same clips for any number of workers, from any batch on, and substitutes for what cannot be read."""
 
+import os
 import pickle
 import random
+import shutil
 import time
 
 import numpy as np
@@ -16,7 +18,7 @@ from praxino.data.scan import scan
 from praxino.data.transforms import Resize
 from praxino.data.videos import Failure, VideoClips, collate
 from praxino.errors import DataError
-from praxino.video import DecodeFailure, read
+from praxino.video import DecodeFailure, Video, read
 
 RANDOM = ClipSampler(4, 2, random_stride=True)
 AUGMENT = Resize(16, flip=0.5, random_crop=True)
@@ -236,7 +238,7 @@ class Deadly(ClipSampler):
         os._exit(1)
 
 
-@pytest.mark.parametrize("short", ["drop", "pad"])
+@pytest.mark.parametrize("short", ["drop", pytest.param("pad", marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_hangs_ends_the_run_with_one_line(tree, short):
     begin = time.monotonic()
     loader = loader_of(clips_of(tree, Deadly(4, short=short)), workers=1, timeout=2)
@@ -252,6 +254,43 @@ def test_failures_and_entries_can_be_sent_between_processes(tree):
     assert torch.equal(copy[0, 1]["video"], clips[0, 1]["video"])
     failure = pickle.loads(pickle.dumps(DecodeFailure("a\udce9\n.mp4", "corrupt", "x")))
     assert (failure.path, failure.reason, failure.detail) == ("a\udce9\n.mp4", "corrupt", "x")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_names_in_any_encoding_reach_the_batch(tree, workers, tmp_path):
+    for k, name in enumerate((b"caf\xe9.mp4", b"new\nline.mp4", "видео 🎬.mp4".encode())):
+        shutil.copy(tree / "a" / "12.mp4", os.path.join(os.fsencode(tree), name))
+        (tree / "abc"[k] / f"{k:02d}.mp4").unlink()
+    clips = clips_of(tree)
+    log = FailureLog(str(tree), tmp_path / "quarantine.jsonl", 0.9)
+    paths = {os.fsencode(path) for batch in loader_of(clips, workers=workers, log=log) for path in batch["path"]}
+    assert {b"caf\xe9.mp4", b"new\nline.mp4", "видео 🎬.mp4".encode()} < paths
+    os.truncate(os.path.join(os.fsencode(tree), b"caf\xe9.mp4"), 9)
+    list(loader_of(clips, workers=workers, log=log))
+    assert [os.fsencode(line["path"]) for line in read_lines(log.path)] == [b"caf\xe9.mp4"]
+
+
+def test_a_target_rate_reads_the_frames_shown_at_those_times(shared):
+    folder = shared("data/hostile/odd")
+    (entry,) = [entry for entry in scan(folder).videos if entry.path == "vfr.mp4"]  # 0.04 to 0.16 s from frame to frame
+    clips = VideoClips(folder, [entry], ClipSampler(8, fps=5, where="start"), Resize(None))
+    with Video(folder / "vfr.mp4") as video:
+        times = video.timestamps
+        nearly = 1e-7 * np.arange(len(times))  # the earlier of two equally near
+        wanted = [int((np.abs(times - k / 5) + nearly).argmin()) for k in range(8)]
+        assert len(set(np.diff(wanted))) > 1
+        assert torch.equal(clips[0]["video"], video.read(wanted))
+
+
+def test_hostile_files_can_be_trained_on(shared):
+    """Damaged files that the scan admits end in substitutes at most."""
+    entries = scan(shared("data/hostile"), images=True).videos
+    clips = VideoClips(shared("data/hostile"), entries, ClipSampler(5, short="slow"), Resize(16), shuffle=True)
+    log = FailureLog("hostile", None, 0.5)
+    batches = list(loader_of(clips, workers=2, log=log))
+    assert sum(len(batch["path"]) for batch in batches) >= len(entries)
+    assert log.failed < 10
+    assert all(failure.detail for failure in log.known.values())
 
 
 def test_without_substitutes_a_bad_video_is_left_out(tree):
