@@ -195,6 +195,8 @@ def test_one_run_at_a_time(tmp_path):
     claim = lock(tmp_path)
     with pytest.raises(BusyError, match=f"in use by process {os.getpid()} on"):
         lock(tmp_path)
+    with pytest.raises(BusyError):
+        fit(Checkpoint(str(tmp_path)), max_steps=1)
     claim.close()
     lock(tmp_path).close()
 

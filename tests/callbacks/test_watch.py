@@ -15,6 +15,7 @@ from praxino.callbacks import media, progress
 from praxino.callbacks.guard import FiniteGuard
 from praxino.callbacks.media import Media, side_by_side
 from praxino.callbacks.progress import Progress
+from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.callbacks.throughput import Throughput
 from praxino.errors import NonFiniteError
 from training import Data, make_module, rows, train
@@ -133,3 +134,18 @@ def test_media_that_fail_do_not_end_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(media, "write", fail)
     assert train(tmp_path, steps=2, callbacks=(Media(str(tmp_path / "media")),), **VALIDATE).global_step == 2
     assert "not written: OSError: no space left" in caplog.text
+
+
+@pytest.mark.slow
+def test_media_reach_tensorboard_and_wandb(tmp_path):
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardLogger(str(tmp_path), name="board", version="")
+    wandb = WandbLogger(project="test", save_dir=str(tmp_path), offline=True)
+    loggers = [RunLog(str(tmp_path)), SafeLogger(board), SafeLogger(wandb)]
+    train(tmp_path, steps=2, callbacks=(Media(str(tmp_path / "media"), videos=2),), logger=loggers, **VALIDATE)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert events.Tags()["images"] == ["val/videos"]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert len(list((tmp_path / "wandb").rglob("video_*.mp4"))) == 2

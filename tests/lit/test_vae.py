@@ -1,11 +1,13 @@
 """The training step counts, accumulates, clips, logs and guards as it says."""
 
+import json
 import math
 from functools import partial
 
 import pytest
 import torch
 
+from praxino.callbacks.guard import FiniteGuard
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
 from praxino.lit.optim import warmup_constant
 from training import Clips, Data, Tape, load, make_module, make_net, rows, train
@@ -152,12 +154,17 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, where):
         return real_backward(loss)
 
     module.training_step, module.manual_backward = training_step, manual_backward
-    trainer = train(tmp_path, steps=4, module=module)
+    trainer = train(tmp_path, steps=4, module=module, callbacks=(FiniteGuard(str(tmp_path / "faults")),))
     assert module.step == trainer.global_step == 4
     assert calls["batch"] == 5
     assert (module.skipped, module.bad_steps) == (2, 0)
     assert torch.isfinite(weights(module)).all()
     assert rows(tmp_path)[-1]["train/skipped"] == 2
+    faults = sorted((tmp_path / "faults").iterdir())
+    norms = json.loads(faults[0].read_text())["grad_norms"]
+    assert [name for name, norm in norms.items() if isinstance(norm, str)] == (
+        list(norms) if where == "loss" else ["decoder.conv_out"]
+    )
 
 
 def test_too_many_bad_steps_end_the_run(tmp_path):
@@ -168,13 +175,15 @@ def test_too_many_bad_steps_end_the_run(tmp_path):
     assert list((tmp_path / "checkpoints").glob("*.ckpt")) == []
     fault = module.fault  # the gradient of a mean absolute difference is finite even here
     assert math.isnan(fault["batches"][0]["loss"])
-    assert fault["bad_gradients"] == []
+    assert set(fault["grad_norms"]) >= {"encoder.down1", "decoder.conv_out"}
+    assert all(math.isfinite(norm) for norm in fault["grad_norms"].values())
     assert len(fault["batches"][0]["path"]) == len(fault["batches"][0]["index"]) == 2
 
 
-def test_half_precision_is_refused(tmp_path):  # on a CPU Lightning itself turns 16-mixed into bf16-mixed
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_half_precision_is_refused(tmp_path, precision):  # on a CPU Lightning itself turns 16-mixed into bf16-mixed
     with pytest.raises(ConfigError, match="bf16-mixed"):
-        train(tmp_path, precision="16-true")
+        train(tmp_path, precision=precision)
 
 
 def test_bf16_trains_in_float32_weights(tmp_path):

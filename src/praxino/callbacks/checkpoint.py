@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from praxino.errors import BusyError, ConfigError, NonFiniteError, StorageError
+from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.models.vae import describe
 
 log = logging.getLogger(__name__)
@@ -96,10 +96,20 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Take over the writing of checkpoints; make sure that the directory is ours and can be written."""
         trainer.strategy.checkpoint_io = self._io
-        if stage == "fit" and trainer.is_global_zero:
-            self._lock = lock(self.directory)
-            for stale in self.directory.glob(f"{TEMPORARY}*"):
-                stale.unlink(missing_ok=True)
+        if stage != "fit":
+            return
+        error: PraxinoError | None = None
+        if trainer.is_global_zero:
+            try:
+                self._lock = lock(self.directory)
+            except PraxinoError as reason:
+                error = reason
+            else:
+                for stale in self.directory.glob(f"{TEMPORARY}*"):
+                    stale.unlink(missing_ok=True)
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin to count from the resumed step."""

@@ -169,7 +169,8 @@ class SafeLogger(Logger):
                     self._candidates.pop(0)
                 self._logger = None
                 then = "its fallback takes over" if self._candidates else "training goes on without it"
-                log.warning("%s failed in %s, %s: %s: %s", failed, what, then, type(error).__name__, error)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                log.warning("%s failed in %s, %s: %s", failed, what, then, reason)
         return None
 
 

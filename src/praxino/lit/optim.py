@@ -88,9 +88,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip: float
         torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], clip, norm)
 
 
-def non_finite_gradients(module: nn.Module) -> list[str]:
-    """Return the names of the parameters whose gradient holds NaN or infinity."""
-    return [n for n, p in module.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+def norms_by_block(module: nn.Module, depth: int = 2) -> dict[str, float]:
+    """Return the gradient norm of each part of a network, named by the first `depth` components of its weights."""
+    blocks: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        blocks.setdefault(".".join(name.split(".")[:depth]), []).append(parameter)
+    return {name: float(gradient_norm(parameters)) for name, parameters in blocks.items()}
 
 
 def seed_of(*numbers: int) -> int:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
-from praxino.lit.optim import clip_gradients, gradient_norm, non_finite_gradients, parameter_groups, seed_of
+from praxino.lit.optim import clip_gradients, gradient_norm, norms_by_block, parameter_groups, seed_of
 from praxino.losses.vae import VAELoss
 from praxino.metrics.image import psnr, ssim
 from praxino.models.vae import VideoVAE
@@ -98,9 +98,10 @@ class VAEModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what would silently train badly."""
-        if str(self.trainer.precision).startswith("16"):
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "64-true"):
             raise ConfigError(
-                f"trainer.precision={self.trainer.precision} overflows in a VAE: use bf16-mixed or 32-true"
+                f"trainer.precision={self.trainer.precision} overflows, or rounds small steps of the weights away: "
+                "use bf16-mixed or 32-true"
             )
 
     def configure_optimizers(self) -> Any:
@@ -205,7 +206,7 @@ class VAEModule(pl.LightningModule):
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
             "grad_norm": float(norm),
-            "bad_gradients": non_finite_gradients(self.net),
+            "grad_norms": norms_by_block(self.net),
             "batches": [
                 {
                     "seed": seed_of(self.seed, self.step, number, self.global_rank),
