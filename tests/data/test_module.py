@@ -11,9 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from praxino.data.module import SyntheticData, VideoData, compare, marks
+from praxino.data import marks as marking
+from praxino.data.marks import compare, marks
+from praxino.data.module import SyntheticData, VideoData
 from praxino.data.report import read_lines
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError, DataError, StorageError
 from praxino.video import read
 
 
@@ -214,10 +216,19 @@ def test_new_validation_files_do_not_stop_a_resume(tree, tmp_path, new_video):
     assert len(fit(data_of(tree, **options), 5, ckpt=tmp_path / "3.ckpt")[0].seen) == 2
 
 
-def test_counting_changes(tree):
+def test_a_report_that_cannot_be_written_is_one_clear_error(tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file"):
+        data_of(tree, rejected=str(tmp_path / "file" / "rejected.jsonl")).setup()
+
+
+def test_counting_changes(tree, monkeypatch):
     entries = data_of(tree).find()[0].entries
     assert compare(marks(entries), entries) == f"+0 / -0 / ~0 of {len(entries)}"
-    assert compare(None, entries) == f"{len(entries)} now"
+    before = marks(entries)
+    monkeypatch.setattr(marking, "LISTED", 3)  # too many files to list each
+    assert marks(entries) is None
+    assert compare(before, entries) == compare(None, entries) == f"{len(entries)} now"
 
 
 def test_rejected_short_and_quarantined_files_are_listed(tree, tmp_path, new_video):

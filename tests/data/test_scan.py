@@ -1,6 +1,7 @@
 """The scan finds every video once, whatever else the tree holds, and remembers what it saw."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -203,6 +204,21 @@ def test_a_decoder_that_hangs_or_crashes_is_survived(tree, monkeypatch):
     assert len(manifest.videos) == 11
     monkeypatch.setattr(module, "_inspect", original)
     assert len(scan(tree).videos) == 13  # such failures are tried again
+
+
+def test_a_bar_on_a_slow_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    clock = iter(range(100))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    for terminal, show, expected in ((True, True, True), (True, False, False), (False, True, False)):
+        out = Terminal() if terminal else io.StringIO()
+        monkeypatch.setattr(module.sys, "stderr", out)
+        items = [(str(k), k) for k in range(5)]
+        assert list(module._with_bar(iter(items), 5, show)) == items
+        assert ("probing videos" in out.getvalue()) == expected
 
 
 def test_hostile_files(shared, tmp_path):

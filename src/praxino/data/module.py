@@ -1,30 +1,24 @@
 """The datamodule: scan, split, plan and load, and the state that makes a resume exact."""
 
-import hashlib
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
-from torch import Tensor
 
 from praxino.data.clips import ClipSampler, Short
 from praxino.data.loader import Context, FailureLog, PlannedLoader, ResumableLoader
+from praxino.data.marks import compare, marks
 from praxino.data.plan import BatchPlan
-from praxino.data.scan import Entry, fingerprint
+from praxino.data.scan import fingerprint
 from praxino.data.synthetic import make_dataset
 from praxino.data.transforms import Mode, Resize
 from praxino.data.usable import Usable, find_usable, split, spread, without, write_report
 from praxino.data.videos import VideoClips
-from praxino.errors import ConfigError, DataError, PraxinoError
+from praxino.errors import ConfigError, DataError, PraxinoError, StorageError
 
 log = logging.getLogger(__name__)
-
-LISTED = 200_000  # files up to which a checkpoint tells which of them changed (16 bytes for each)
 
 
 class VideoData(pl.LightningDataModule):
@@ -142,6 +136,8 @@ class VideoData(pl.LightningDataModule):
                 self.found = self.find()
             except PraxinoError as error:
                 self._error = error
+            except OSError as error:
+                self._error = StorageError(f"cannot write {error.filename}: {error.strerror}")
 
     def find(self) -> tuple[Usable, Usable]:
         """Scan and split: the videos of training and of validation."""
@@ -251,8 +247,7 @@ class VideoData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         entries = self._parts()[0].entries
         state = self._state or (self._loader.state_dict() if self._loader is not None else None)
-        files = marks(entries) if len(entries) <= LISTED else None
-        return {"loader": state, "fingerprint": fingerprint(entries), "files": files, "seed": self.seed}
+        return {"loader": state, "fingerprint": fingerprint(entries), "files": marks(entries), "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint was; raises DataError where the order would not be that of its run."""
@@ -354,20 +349,3 @@ class SyntheticData(VideoData):
             quality=self.quality,
         )
         return super().find()
-
-
-def marks(entries: Sequence[Entry]) -> Tensor:
-    """Return short hashes of path and stamp of each file, int64 `(N, 2)`."""
-    digests = [
-        hashlib.sha256(os.fsencode(text)).digest()[:8] for entry in entries for text in (entry.path, entry.stamp)
-    ]
-    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).reshape(-1, 2).copy())
-
-
-def compare(before: Tensor | None, entries: Sequence[Entry]) -> str:
-    """Count the files that came, went and changed since `before` was taken by `marks`."""
-    if before is None:
-        return f"{len(entries)} now"
-    old, new = (dict(pairs.tolist()) for pairs in (before, marks(entries)))
-    changed = sum(1 for path in old.keys() & new.keys() if old[path] != new[path])
-    return f"+{len(new.keys() - old.keys())} / -{len(old.keys() - new.keys())} / ~{changed} of {len(old)}"
