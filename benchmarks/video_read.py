@@ -17,9 +17,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 import torch
 import torch.nn.functional as F
+from av.filter import Graph
 from torch import Tensor
 
 from praxino.video import Geometry, Video
@@ -29,38 +29,26 @@ SQUARE = Geometry(SIZE, SIZE, (0, (WIDTH - HEIGHT) // 2, HEIGHT, HEIGHT))
 Clip = list[int]
 
 
-def texture(rng: np.random.Generator, height: int, width: int) -> Tensor:
-    """Return a coloured cloud texture with detail at every scale, float `(H, W, 3)`."""
-    total = torch.zeros(1, 3, height, width)
-    for octave in range(1, 8):
-        noise = torch.from_numpy(rng.standard_normal((1, 3, 2**octave, 2**octave), np.float32))
-        total += F.interpolate(noise, (height, width), mode="bicubic") * 0.7**octave
-    return ((total - total.min()) / (total.max() - total.min()) * 255)[0].permute(1, 2, 0)
-
-
 def make(path: Path, seconds: int, gop: int) -> None:
-    """Write the test film: a camera that pans over a texture, discs that cross it, grain, and a cut every 5 seconds."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    """Write the test film: a zoom into the Mandelbrot set beside FFmpeg's moving test card, with grain."""
+    graph = Graph()
+    left = graph.add("mandelbrot", f"size={WIDTH // 2}x{HEIGHT}:rate={FPS}")
+    right = graph.add("testsrc2", f"size={WIDTH // 2}x{HEIGHT}:rate={FPS}")
+    same, stack, grain = graph.add("format", "yuv420p"), graph.add("hstack"), graph.add("noise", "alls=8:allf=t")
+    sink = graph.add("buffersink")
+    left.link_to(same)
+    same.link_to(stack, 0, 0)
+    right.link_to(stack, 0, 1)
+    stack.link_to(grain)
+    grain.link_to(sink)
+    graph.configure()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.options = {"crf": "31", "preset": "medium", "bf": "2", "g": str(gop)}
         for k in range(seconds * FPS):
-            if k % (5 * FPS) == 0:
-                scene = texture(rng, HEIGHT + 200, WIDTH + 200).numpy()
-            top, left = int(100 + 99 * np.sin(k / 40)), int(100 + 99 * np.cos(k / 55))
-            picture = scene[top : top + HEIGHT, left : left + WIDTH].copy()
-            for disc in range(4):
-                y, x = HEIGHT * (0.5 + 0.4 * np.sin(k / 17 + disc)), WIDTH * (0.5 + 0.4 * np.cos(k / 23 + 2 * disc))
-                picture[(rows - y) ** 2 + (columns - x) ** 2 < (20 + 10 * disc) ** 2] = (
-                    60 * disc,
-                    255 - 60 * disc,
-                    128,
-                )
-            picture += rng.standard_normal((HEIGHT, WIDTH, 1), np.float32) * 9
-            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), format="rgb24")
-            frame.pts = k
+            frame = graph.pull()
+            frame.pts, frame.time_base = k, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

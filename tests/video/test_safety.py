@@ -128,13 +128,13 @@ def test_limits_on_size(tmp_path: Path) -> None:
     assert probe(path, index_dir=None, max_pixels=48 * 32).frames == 8
     small, large = (
         encode(tmp_path / "s.ts", "mpeg2video", CLIP),
-        encode(tmp_path / "l.ts", "mpeg2video", moving(8, 80, 80)),
+        encode(tmp_path / "l.ts", "mpeg2video", moving(8, 112, 112)),
     )
     grows = tmp_path / "grows.ts"
     grows.write_bytes(small.read_bytes() + large.read_bytes())
-    info = probe(grows, index_dir=None, max_pixels=64 * 64)
+    info = probe(grows, index_dir=None, max_pixels=100 * 100)
     assert 0 < info.frames <= 8
-    assert "80x80 is more than 4096 pixels" in info.damage
+    assert "112x112 is more than 10000 pixels" in info.damage
 
 
 def test_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
