@@ -140,7 +140,7 @@ class Clip:
                 )
                 for kind, path in paths.items()
             }
-            for source, y in pairs(model, self, device):
+            for source, y in pairs(model, self, device, self.chunk):
                 x = to_float(source).to(device)
                 pictures = {"reconstruction": to_uint8(y), "origin": source}
                 pictures["side_by_side"] = torch.cat([source, pictures["reconstruction"]], dim=-2)
@@ -153,7 +153,9 @@ class Clip:
         return {"frames": count, "size": self.size, "fps": float(self.fps), **scores, "seconds": seconds}
 
 
-def pairs(model: VideoVAE, chunks: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(
+    model: VideoVAE, chunks: Iterable[Tensor], device: torch.device, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the frames `(t, H, W, 3)` in uint8 and their reconstruction `(3, t, H, W)`, as the decoder lets them go."""
     waiting: list[Tensor] = []
 
@@ -162,7 +164,7 @@ def pairs(model: VideoVAE, chunks: Iterable[Tensor], device: torch.device) -> It
             waiting.append(chunk)
             yield to_float(chunk).to(device)
 
-    for y in stream.reconstruct(model, feed()):
+    for y in stream.reconstruct(model, feed(), chunk):
         held = torch.cat(waiting)
         waiting[:] = [held[y.shape[1] :]]
         yield held[: y.shape[1]], y.float().clamp(-1, 1)
