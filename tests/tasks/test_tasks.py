@@ -75,11 +75,13 @@ def test_resume_and_weights(finished: Path, settings: list[str], tmp_path: Path)
     trained(tmp_path / "parts", *first)
     trained(tmp_path / "parts", *whole, "ckpt=last")
     for weights in ("raw", "ema"):
-        straight, parts = (praxino.load(tmp_path / name, weights=weights).state_dict() for name in ("straight", "parts"))
+        straight, parts = (
+            praxino.load(tmp_path / name, weights=weights).state_dict() for name in ("straight", "parts")
+        )
         assert all(torch.equal(straight[key], parts[key]) for key in straight)
     initialised = trained(tmp_path / "begun", *settings, "trainer.max_steps=1", f"weights={finished}")
     assert initialised["step"] == 1
-    with pytest.raises(ConfigError, match="do not fit model.net"):
+    with pytest.raises(ConfigError, match=r"do not fit model\.net"):
         trained(tmp_path / "other", *settings, f"weights={finished}", "model.net.base_channels=16")
 
 
@@ -133,7 +135,12 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
     (tmp_path / "data" / "broken.mp4").write_bytes(b"no video")
     video.write(tmp_path / "data" / "brief.mp4", draw(0, frames=3)[1], 25)
     result = evaluate(
-        out=str(tmp_path / "out"), vae=str(finished), data={"root": str(tmp_path / "data")}, frames=5, size=16, workers=0
+        out=str(tmp_path / "out"),
+        vae=str(finished),
+        data={"root": str(tmp_path / "data")},
+        frames=5,
+        size=16,
+        workers=0,
     )
     with (tmp_path / "out" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
