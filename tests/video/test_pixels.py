@@ -139,6 +139,7 @@ def test_to_float_and_back() -> None:
     x = to_float(video)
     assert x.shape == (2, 3, 5, 4, 6)
     assert x.dtype == torch.float32
+    assert x.is_contiguous()
     assert torch.equal(to_uint8(x), video)
     assert to_float(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1)).flatten().tolist() == [-1.0, 1.0]
     assert to_float(video[0]).shape == (3, 5, 4, 6)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 NONREF_EXACT = frozenset({"h264", "hevc"})  # decoders that can leave out unwanted pictures without touching the others
 WORTH_A_SEEK = 8  # unwanted frames before a key frame that cost more to decode than a seek
-USER_CACHE = Path("~user-cache")
+USER_CACHE = Path("~user-cache")  # stands for default_index_dir(), which is found when a video is opened
 
 
 class _Lost(Exception):
@@ -53,7 +53,7 @@ class Video:
         self.path = os.fspath(path)
         self.max_pixels = max_pixels
         self.fast = fast
-        self._cache = Cache(default_index_dir() if index_dir is USER_CACHE else index_dir)
+        self._cache = Cache(default_index_dir() if index_dir == USER_CACHE else index_dir)
         self._index: Index | None = None
         self._files: list[str] | None = None
         self._stamp = ""

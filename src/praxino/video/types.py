@@ -99,7 +99,7 @@ class Geometry:
 
 def to_float(video: Tensor) -> Tensor:
     """Convert uint8 `(..., T, H, W, C)` to float32 `(..., C, T, H, W)` in [-1, 1]."""
-    return video.movedim(-1, -4).to(torch.float32).div_(127.5).sub_(1.0)
+    return video.movedim(-1, -4).contiguous().to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_uint8(video: Tensor) -> Tensor:
