@@ -29,7 +29,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ten_and_ten_equal_twenty_on_videos(tmp_path, videos, workers):
     """Epochs of 6 batches; the stop lies inside one."""
     results = []
