@@ -34,7 +34,7 @@ def make(path: Path, seconds: int, gop: int) -> None:
     graph = Graph()
     left = graph.add("mandelbrot", f"size={WIDTH // 2}x{HEIGHT}:rate={FPS}")
     right = graph.add("testsrc2", f"size={WIDTH // 2}x{HEIGHT}:rate={FPS}")
-    same, stack, grain = graph.add("format", "yuv420p"), graph.add("hstack"), graph.add("noise", "alls=8:allf=t")
+    same, stack, grain = graph.add("format", "yuv420p"), graph.add("hstack"), graph.add("noise", "alls=6:allf=t")
     sink = graph.add("buffersink")
     left.link_to(same)
     same.link_to(stack, 0, 0)

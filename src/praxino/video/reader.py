@@ -22,6 +22,7 @@ from praxino.video.types import MAX_PIXELS, DecodeFailure, Geometry, VideoInfo
 log = logging.getLogger(__name__)
 
 NONREF_EXACT = frozenset({"h264", "hevc"})  # decoders that can leave out unwanted pictures without touching the others
+CLOSED = frozenset({"h264", "vp8", "vp9"})  # nothing after a key frame (of `Index.keys`) refers to what came before it
 WORTH_A_SEEK = 8  # unwanted frames before a key frame that cost more to decode than a seek
 USER_CACHE = Path("~user-cache")  # stands for default_index_dir(), which is found when a video is opened
 
@@ -260,12 +261,15 @@ def _seek(source: Source, index: Index, wanted: list[int]) -> Iterator[tuple[int
 def _decode_run(source: Source, index: Index, start: int, wanted: dict[int, int]) -> Iterator[tuple[int, VideoFrame]]:
     """Decode from the key frame at `start` until every wanted time was met.
 
-    Pictures that no other refers to and nobody wants are left out where that changes nothing. The decoder is drained
-    as soon as it has all that is wanted, instead of being fed until it lets go of them.
+    Left out, where that changes nothing: pictures that no other refers to and nobody wants, and everything between the
+    last wanted frame of a group and the next key frame. The decoder is drained as soon as it has all that is wanted,
+    instead of being fed until it lets go of them.
     """
     context = source.stream.codec_context
-    skip = source.codec in NONREF_EXACT
-    missing, unfed, started = dict(wanted), len(wanted), False
+    skip, closed = source.codec in NONREF_EXACT, source.codec in CLOSED
+    groups = index.keys[np.searchsorted(index.keys, sorted(wanted), "right") - 1]
+    in_group = dict(zip(*(values.tolist() for values in np.unique(groups, return_counts=True)), strict=True))
+    missing, unfed, unfed_here, started = dict(wanted), len(wanted), 0, False
     source.seek(start)
     for packet in source.packets():
         if not started and packet.pts != start:
@@ -274,7 +278,10 @@ def _decode_run(source: Source, index: Index, start: int, wanted: dict[int, int]
             continue
         started = True
         needed = packet.pts in wanted
-        unfed -= needed
+        unfed_here += in_group.pop(packet.pts, 0)
+        if closed and not unfed_here and packet.size and not index.counted:
+            continue
+        unfed, unfed_here = unfed - needed, unfed_here - needed
         context.skip_frame = "DEFAULT" if needed or not skip else "NONREF"
         try:
             frames = source.decode(packet if packet.size else None)
