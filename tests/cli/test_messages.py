@@ -70,8 +70,9 @@ def test_bad_command_line(
 
 def test_help_is_readable_and_needs_no_torch() -> None:
     for script in ("train.py", "reconstruct.py", "evaluate.py"):
-        code = f"import sys, runpy; sys.argv = [{script!r}, '--help']\ntry: runpy.run_path({script!r}, run_name='__main__')"
-        code += "\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        code = f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        code += f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        code += "assert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "Usage:" in done.stdout

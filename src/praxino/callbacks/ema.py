@@ -50,6 +50,11 @@ class EMA(pl.Callback):
             if self._step % self.every == 0:
                 self.update(pl_module.net, pl_module.ema_net)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Follow the module to its device: a validation after training moves it there again."""
+        if "ema_net" in pl_module.__dict__:
+            pl_module.ema_net.to(pl_module.device)
+
     @torch.no_grad()
     def update(self, net: nn.Module, average: nn.Module) -> None:
         """Move the average towards the weights; copy the buffers."""

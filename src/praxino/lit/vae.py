@@ -85,6 +85,7 @@ class VAEModule(pl.LightningModule):
         self.step = 0  # optimizer steps of the generator
         self.skipped = 0  # steps not made because something was not finite
         self.bad_steps = 0  # of these, without a good one since
+        self.validated = -1  # step of the last validation
         self.boundary = True  # no gradients are waiting: a checkpoint taken now is exact
         self.fault: dict[str, Any] | None = None  # what is known of a bad step, until the next batch
         self.latest: dict[str, float] = {}  # last logged values, for the progress bar
@@ -182,7 +183,7 @@ class VAEModule(pl.LightningModule):
             self.step += 1
             self.bad_steps = 0
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if every and self.step % every == 0:
+            if every and (self.step == 1 or self.step % every == 0):
                 self._log_training(terms, values, {"grad_norm": float(norm), "lr": lr}, psnr(x, recon).mean())
         else:
             self._skip_step(terms, norm)
@@ -274,6 +275,7 @@ class VAEModule(pl.LightningModule):
             means = torch.tensor([rows[index] for index in sorted(rows)], dtype=torch.float64).mean(0).tolist()
             metrics = {f"val/{name}": mean for name, mean in zip(self._names, means, strict=True)}
             self._report(metrics)
+            self.validated = self.step
             self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one
 
     # -------------------------------------------------------------------------------------------------- common

@@ -55,9 +55,19 @@ def describe_run(cfg: DictConfig, out: Path, overrides: Iterable[str]) -> None:
     write_atomic(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(cfg)))))
     write_atomic(out / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
     write_atomic(out / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    handler = logging.FileHandler(out / "log.txt", encoding="utf-8", errors="backslashreplace")
+    keep_log(out / "log.txt")
+
+
+def keep_log(path: Path) -> None:
+    """Append everything that is logged to a file, and no longer to that of the run before (in a sweep)."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if h.name == "praxino run"]:
+        root.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.name = "praxino run"
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root.addHandler(handler)
 
 
 def pick_device(device: str) -> torch.device:

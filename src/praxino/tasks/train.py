@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,24 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
             callback.config = redacted(plain(cfg))
-    loggers = [RunLog(str(out)), *(SafeLogger(instantiate(logger)) for logger in cfg.logger.values() if logger)]
-    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    loggers = [
+        RunLog(str(out)),
+        *(SafeLogger(partial(instantiate, logger)) for logger in cfg.logger.values() if logger),
+    ]
+    trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=[RunLog(str(out)), *extra])
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
         describe_training(model.net, trainer, out, resume)
 
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    step = trainer.global_step
+    if model.validated != model.step and data.found[1].entries and trainer.limit_val_batches != 0:
+        trainer.validate(model, datamodule=data, verbose=False)  # what training ended with
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
-        log.info("done: step %d%s; everything is in %s", trainer.global_step, f", {scores}" if scores else "", out)
-    return {"step": trainer.global_step, **metrics}
+        log.info("done: step %d%s; everything is in %s", step, f", {scores}" if scores else "", out)
+    return {"step": step, **metrics}
 
 
 def resume_from(ckpt: str | None, out: Path) -> Path | None:
