@@ -43,10 +43,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
             callback.config = redacted(plain(cfg))
-    loggers = [
-        RunLog(str(out)),
-        *(SafeLogger(partial(instantiate, logger)) for logger in cfg.logger.values() if logger),
-    ]
+    extra = [SafeLogger(partial(instantiate, logger)) for logger in cfg.logger.values() if logger]
     trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=[RunLog(str(out)), *extra])
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
