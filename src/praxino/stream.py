@@ -104,7 +104,8 @@ def reconstruct(vae: VideoVAE, chunks: Iterable[Tensor], chunk: int | None = 8) 
 def look_ahead(vae: VideoVAE, chunks: Iterable[Tensor], chunk: int | None) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Yield pieces ready for the model, the tensor that each came from, and whether it is the last one."""
     if chunk is None:
-        chunks = [torch.cat(list(chunks), dim=-3)]
+        parts = list(chunks)
+        chunks = [torch.cat(parts, dim=-3)] if parts else []
     waiting = None
     for given in chunks:
         if given.dim() not in (4, 5):

@@ -1,4 +1,4 @@
-"""Derive the small figures of this directory from the reference material: python tests/golden/make.py ../shared/golden"""
+"""Derive the figures of this directory from the reference material: `python tests/golden/make.py ../shared/golden`."""
 
 import json
 import sys

@@ -111,6 +111,33 @@ def unfold(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
+class Conv3d(nn.Conv3d):
+    """A 3D convolution that takes oneDNN's kernel for large frames on a CPU.
+
+    Torch does so by itself in bfloat16 and for batches, but decides otherwise by the frames' number and height. Its
+    own kernel unfolds 27 copies of the input: three times the memory and the time.
+    """
+
+    LARGE = 20480  # elements of a frame; torch's own limit for pictures
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+        if not plain or x[0, :, 0].numel() <= self.LARGE or not ONEDNN or kernel_is_chosen():
+            return super().forward(x)
+        assert isinstance(self.padding, tuple)
+        return torch.mkldnn_convolution(
+            x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def kernel_is_chosen() -> bool:
+    """Tell whether autocast or a compiler takes its own choice."""
+    return torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+
+
 class CausalConv3d(nn.Module):
     """A 3D convolution that sees no later frame: the first frame is repeated in front, H and W are padded with zeros.
 
@@ -123,7 +150,7 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.size, self.step = kernel_size, stride
         space = kernel_size // 2 if padding is None else padding
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, (0, space, space))
+        self.conv = Conv3d(in_channels, out_channels, kernel_size, stride, (0, space, space))
 
     def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:
         if x is None:
