@@ -11,7 +11,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 # data of the demo: a folder of videos; empty: moving shapes made on the spot
 DATA ?=
 DEMO ?= demo
-DEMO_HELD_OUT = $(or $(DATA),$(DEMO)/videos/val)
 
 .PHONY: help install demo test test-slow lint format type build lock clean
 
@@ -29,15 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## train a small WF-VAE, reconstruct and measure; DATA=DIR takes your own folder of videos
-	rm -rf $(DEMO)
+	rm -rf $(DEMO)/run $(DEMO)/reconstructions $(DEMO)/evaluation
 ifeq ($(DATA),)
 	$(RUN)/praxino-make-data out=$(DEMO)/videos
 	$(RUN)/python train.py experiment=demo data.root=$(DEMO)/videos/train data.val_root=$(DEMO)/videos/val out=$(DEMO)/run
+	$(RUN)/python reconstruct.py vae=$(DEMO)/run input=$(DEMO)/videos/val limit=6 side_by_side=true out=$(DEMO)/reconstructions
+	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root=$(DEMO)/videos/val frames=9 size=32 out=$(DEMO)/evaluation
 else
-	$(RUN)/python train.py experiment=demo data.root="$(DATA)" frames=9 size=64 batch=4 out=$(DEMO)/run
+	$(RUN)/python train.py experiment=demo data.root="'$(DATA)'" size=64 batch=4 out=$(DEMO)/run
+	$(RUN)/python reconstruct.py vae=$(DEMO)/run input="'$(DATA)'" limit=6 frames=33 size=128 side_by_side=true out=$(DEMO)/reconstructions
+	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root="'$(DATA)'" frames=9 size=64 out=$(DEMO)/evaluation
 endif
-	$(RUN)/python reconstruct.py vae=$(DEMO)/run input="$(DEMO_HELD_OUT)" out=$(DEMO)/reconstructions limit=6 frames=33 side_by_side=true
-	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root="$(DEMO_HELD_OUT)" $(DEMO_CLIP) out=$(DEMO)/evaluation
 	@echo "Look at $(DEMO)/reconstructions/side_by_side, $(DEMO)/run/media and $(DEMO)/evaluation/metrics.csv"
 
 test: install  ## run the test suite without the slow tests
@@ -62,5 +63,5 @@ lock: install  ## write the installed versions to constraints.txt
 	$(RUN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean:  ## remove caches, builds and the demo's output; keep .venv
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache $(DEMO)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache demo
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -33,7 +33,7 @@ def command(name: str) -> Callable[[], None]:
 
     def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over, and this module words them
-        # OpenMP threads that spin while they wait take the cores from the loader's workers: many times slower on few cores.
+        # Threads of OpenMP that spin while they wait take the cores from the workers: many times slower on few cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         register_resolvers()
         errors.clear()

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import gc
 import multiprocessing as mp
+import os
 import signal
 import time
 from collections import deque
@@ -11,6 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

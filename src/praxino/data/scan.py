@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from praxino.data.pool import Lost, run_all
+from praxino.data.pool import Lost, cores, run_all
 from praxino.data.report import read_lines, write_lines
 from praxino.errors import ConfigError
 from praxino.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeFailure, VideoInfo, frames_in, probe
@@ -124,7 +124,7 @@ def scan(
             stamps[path] = stamp
     if calls:
         log.info("probing %d of %d files under %s", len(calls), len(tree.files), ascii(root))
-        outcomes = run_all(_inspect, calls, workers or len(os.sched_getaffinity(0)))
+        outcomes = run_all(_inspect, calls, workers or cores())
         for path, outcome in _with_bar(outcomes, len(calls), progress):
             results[path] = _judge(path, stamps[path], outcome)
     if cache and (calls or len(results) != len(known)):

@@ -1,7 +1,6 @@
 """Moving shapes with texture, written as real video files: the data of the demo, the tests and CI."""
 
 import math
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from praxino.data.pool import cores
 from praxino.data.report import read_lines, write_lines
 from praxino.errors import ConfigError
 from praxino.video import write
@@ -134,7 +134,7 @@ def make_dataset(
     jobs: list[tuple[Literal["train", "val"], int]] = [("train", number) for number in range(videos)]
     jobs += [("val", number) for number in range(val_videos)]
     run = partial(_write_one, out=out, frames=frames, size=size, seed=seed, texture=texture, fps=fps, quality=quality)
-    count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    count = min(workers or cores(), len(jobs))
     if count == 1:
         for job in jobs:
             run(job)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -15,6 +16,7 @@ from praxino import checkpoint
 from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.config import check, instantiate, plain, redacted
+from praxino.data.pool import cores
 from praxino.errors import ConfigError
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import describe_run, make_directory
@@ -45,6 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             callback.config = redacted(plain(cfg))
     extra = [SafeLogger(partial(instantiate, logger)) for logger in cfg.logger.values() if logger]
     trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=[RunLog(str(out)), *extra])
+    torch.set_num_threads(cfg.threads or spare_threads(trainer.num_devices, cfg.data.get("workers", 0)))
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
         describe_training(model.net, trainer, out, resume)
@@ -58,6 +61,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
         log.info("done: step %d%s; everything is in %s", step, f", {scores}" if scores else "", out)
     return {"step": step, **metrics}
+
+
+def spare_threads(ranks: int, workers: int) -> int:
+    """Return how many cores the ranks of this node and their workers leave to the arithmetic of each rank.
+
+    A convolution whose threads wait for a core that a worker has taken is many times slower than one thread alone.
+    """
+    return max(1, min(torch.get_num_threads(), cores() // ranks - workers))
 
 
 def resume_from(ckpt: str | None, out: Path) -> Path | None:
