@@ -25,7 +25,7 @@ from praxino.errors import CheckpointError, ConfigError, PraxinoError
 from praxino.models.vae import FORMAT, VideoVAE, describe
 from praxino.models.wfvae import WFVAE
 
-__all__ = ["describe", "find_last", "load", "save_official", "save_official_ckpt", "verify"]
+__all__ = ["describe", "find_last", "load", "read", "save_official", "save_official_ckpt", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def verify(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: damaged (checksum of {broken}): give another one.")
 
 
-def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
-    """Load a praxino or an official checkpoint file."""
+def read(path: Path) -> Mapping[str, Any]:
+    """Return what a checkpoint file holds: tensors, mapped from the file, and plain data; nothing in it is executed."""
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -127,6 +127,12 @@ def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint: give another file.")
+    return content
+
+
+def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
+    """Load a praxino or an official checkpoint file."""
+    content = read(path)
     if "praxino" in content:
         return load_praxino(path, content, weights)
     config = read_config(path.parent / CONFIG)
@@ -264,12 +270,15 @@ def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVA
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_config(vae, path.parent)
-    averaged = {} if ema is None else {f"module.{k}": p.detach().cpu() for k, p in ema.named_parameters()}
+    averaged = {} if ema is None else {f"module.{k}": p.detach().cpu().contiguous() for k, p in ema.named_parameters()}
     content = {
         "epoch": 0,
         "current_step": step,
         "optimizer_state": {},
-        "state_dict": {"gen_model": {k: v.detach().cpu() for k, v in vae.state_dict().items()}, "dics_model": {}},
+        "state_dict": {
+            "gen_model": {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()},
+            "dics_model": {},
+        },
         "ema_state_dict": averaged,
         "scaler_state": {},
         "sampler_state": {},

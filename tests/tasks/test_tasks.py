@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 
 import praxino
 from praxino import video
+from praxino.checkpoint import save_official_ckpt
 from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import draw, make_dataset
-from praxino.errors import ConfigError, DataError
+from praxino.errors import CheckpointError, ConfigError, DataError
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.reconstruct import fitting_chunk, output_names, reconstruct
@@ -83,6 +84,21 @@ def test_resume_and_weights(finished: Path, settings: list[str], tmp_path: Path)
     assert initialised["step"] == 1
     with pytest.raises(ConfigError, match=r"do not fit model\.net"):
         trained(tmp_path / "other", *settings, f"weights={finished}", "model.net.base_channels=16")
+
+
+def test_resume_names_what_it_cannot_go_on_with(finished: Path, settings: list[str], tmp_path: Path) -> None:
+    newest = finished / "checkpoints" / "step-00000004.ckpt"
+    with pytest.raises(ConfigError, match=r"does not fit model\.net: .* of .* tensors differ"):
+        trained(tmp_path / "a", *settings, f"ckpt={newest}", "model.net.base_channels=16")
+    official = save_official_ckpt(praxino.load(finished), tmp_path / "official" / "vae.ckpt")
+    with pytest.raises(CheckpointError, match="weights=.* begins with its weights"):
+        trained(tmp_path / "b", *settings, f"ckpt={official}")
+    (tmp_path / "c" / "checkpoints").mkdir(parents=True)
+    torn = tmp_path / "c" / "checkpoints" / newest.name
+    torn.write_bytes(newest.read_bytes()[:1000])
+    for ckpt in ("last", torn):  # a run is not begun again for want of its checkpoints
+        with pytest.raises(CheckpointError):
+            trained(tmp_path / "c", *settings, f"ckpt={ckpt}")
 
 
 def test_reconstruct_mirrors_a_tree(finished: Path, videos: Path, tmp_path: Path) -> None:

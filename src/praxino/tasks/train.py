@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
 
 from praxino import checkpoint
 from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.config import check, instantiate, plain, redacted
 from praxino.data.pool import cores
-from praxino.errors import ConfigError
+from praxino.errors import CheckpointError, ConfigError
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import describe_run, make_directory
 
@@ -41,6 +43,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_clip(model.net, cfg.frames, plain(cfg.size))
     if cfg.weights is not None:
         load_weights(model.net, cfg.weights)
+    if resume is not None:
+        check_resume(model.net, resume)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
@@ -81,11 +85,28 @@ def resume_from(ckpt: str | None, out: Path) -> Path | None:
     if ckpt == "last":
         if not existing:
             raise ConfigError(f"ckpt=last: {out / 'checkpoints'} holds no checkpoint; leave ckpt out to begin a run")
-        return checkpoint.find_last(out)
+        if (found := checkpoint.find_last(out)) is None:
+            raise CheckpointError(f"ckpt=last: none of the {len(existing)} files in {out / 'checkpoints'} is sound")
+        return found
     path = Path(ckpt).expanduser()
     if not path.is_file():
         raise ConfigError(f"ckpt={ckpt}: no such file; ckpt=last takes the newest of out, a path takes that file")
+    checkpoint.verify(path)
     return path
+
+
+def check_resume(net: VideoVAE, path: Path) -> None:
+    """Make sure that a checkpoint is one of a training, and of this model."""
+    content = checkpoint.read(path)
+    if "praxino" not in content or "loops" not in content:
+        raise CheckpointError(f"{path}: holds no training to go on with; weights={path} begins with its weights")
+    prefix, target = checkpoint.PREFIX, net.state_dict()
+    state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}
+    if differing := differing_keys(target, state):
+        raise ConfigError(
+            f"ckpt={path} does not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. "
+            f"{', '.join(differing[:3])}; resume with the model of {path.parent.parent / 'config.yaml'}"
+        )
 
 
 def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
@@ -101,15 +122,17 @@ def load_weights(net: VideoVAE, path: str) -> None:
     """Copy the weights of any checkpoint that `praxino.load` reads, all of them and nothing else."""
     source = checkpoint.load(path).state_dict()
     target = net.state_dict()
-    differing = [key for key in target.keys() | source.keys() if key not in source or key not in target]
-    differing += [key for key in target.keys() & source.keys() if target[key].shape != source[key].shape]
-    if differing:
-        some = ", ".join(sorted(differing)[:3])
+    if differing := differing_keys(target, source):
         raise ConfigError(
-            f"weights={path} do not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. {some}; "
-            "choose the model/net that they were trained with"
+            f"weights={path} do not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. "
+            f"{', '.join(differing[:3])}; choose the model/net that they were trained with"
         )
     net.load_state_dict(source)
+
+
+def differing_keys(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that only one of two models has, or in another shape."""
+    return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or a[key].shape != b[key].shape)
 
 
 def describe_training(net: VideoVAE, trainer: pl.Trainer, out: Path, resume: Path | None) -> None:
