@@ -254,7 +254,10 @@ def plain(cfg: Any) -> Any:
 
 
 def redacted(tree: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """Return the tree without secrets: values under telling keys, and values equal to a secret of the environment."""
+    """Return the tree without secrets: what stands under telling keys, and texts that hold a secret of the environment.
+
+    A text `key=value`, an override of the command line, counts as a key and its value.
+    """
     environment = os.environ if environment is None else environment
     hidden = {value for key, value in environment.items() if SECRET.search(key) and len(value) >= 8}
     if isinstance(tree, dict):
@@ -264,4 +267,9 @@ def redacted(tree: Any, environment: Mapping[str, str] | None = None) -> Any:
         }
     if isinstance(tree, list):
         return [redacted(value, environment) for value in tree]
-    return "***" if isinstance(tree, str) and any(secret in tree for secret in hidden) else tree
+    if not isinstance(tree, str):
+        return tree
+    key, equals, _ = tree.partition("=")
+    if equals and SECRET.search(key.rpartition(".")[2]):
+        return f"{key}=***"
+    return "***" if any(secret in tree for secret in hidden) else tree

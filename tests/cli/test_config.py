@@ -95,6 +95,8 @@ def test_secrets_are_hidden() -> None:
     environment = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/root/home"}
     tree = {"logger": {"api_key": "abc", "name": "x0123456789abcdef"}, "paths": ["/root/home", 3]}
     assert redacted(tree, environment) == {"logger": {"api_key": "***", "name": "***"}, "paths": ["/root/home", 3]}
+    overrides = ["+logger.wandb.api_key=abc", "seed=0", "data.root=/a=b"]
+    assert redacted(overrides, environment) == ["+logger.wandb.api_key=***", "seed=0", "data.root=/a=b"]
 
 
 def test_run_ids_agree_within_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from praxino.data.pool import Lost, run_all
+from praxino.data.pool import Lost, run_all, start_method
 
 
 def behave(what: str) -> str:
@@ -54,3 +54,10 @@ def test_nothing_is_left_when_the_caller_stops_early():
 
 def test_no_calls_no_processes():
     assert list(run_all(behave, {}, 4)) == []
+
+
+def test_processes_are_forked_on_linux_only(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert start_method() == "spawn"
+    monkeypatch.setattr("sys.platform", "linux")
+    assert start_method() == "fork"

@@ -313,3 +313,8 @@ def test_rejected_lines_are_ascii_json(tmp_path):
     assert os.fsencode(json.loads(line.decode("ascii"))["path"]) == b"caf\xe9\n.mp4"
     assert json.loads(line).keys() == {"path", "reason", "detail"}
     assert Path(tmp_path / "out" / "rejected.jsonl").stat().st_size == len(line) + 1
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    assert scan("~/tree").root == str(tree)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from praxino.data.plan import BatchPlan, Key
+from praxino.data.pool import start_method
 from praxino.data.report import append_lines
 from praxino.data.videos import Failure, Sample, VideoClips, collate
 from praxino.errors import DataError
@@ -94,7 +95,7 @@ class PlannedLoader(DataLoader):
         prefetch: batches that each worker prepares ahead.
         pin: copy batches into page-locked memory, for an accelerator.
         timeout: seconds to wait for a batch from the workers, after which the run ends with a DataError.
-        context: how workers start; None for fork where there is one.
+        context: how workers start; None for fork on Linux, spawn elsewhere.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class PlannedLoader(DataLoader):
             pin_memory=pin,
             timeout=timeout if workers else 0,
             worker_init_fn=_start_worker,
-            multiprocessing_context=(context or _default_context()) if workers else None,
+            multiprocessing_context=(context or start_method()) if workers else None,
             generator=torch.Generator().manual_seed(plan.seed),  # else a loader draws from the generator of the run
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
@@ -187,11 +188,6 @@ class ResumableLoader(PlannedLoader):
             epoch,
             start,
         )
-
-
-def _default_context() -> str:
-    methods = torch.multiprocessing.get_all_start_methods()
-    return "fork" if "fork" in methods else "spawn"
 
 
 def _start_worker(number: int) -> None:

@@ -45,7 +45,7 @@ class VideoData(pl.LightningDataModule):
         max_bad: share of clips that may fail in training before the run ends with a DataError.
         on_change: what to do on resume when the training files are not those of the checkpoint.
         timeout: seconds to wait for a batch, and to probe a file.
-        context: how workers start; None for fork where there is one.
+        context: how workers start; None for fork on Linux, spawn elsewhere.
     """
 
     def __init__(
@@ -141,7 +141,9 @@ class VideoData(pl.LightningDataModule):
 
     def find(self) -> tuple[Usable, Usable]:
         """Scan and split: the videos of training and of validation."""
-        root, val_root = (None if path is None else os.path.abspath(path) for path in (self.root, self.val_root))
+        root, val_root = (
+            None if path is None else os.path.abspath(os.path.expanduser(path)) for path in (self.root, self.val_root)
+        )
         assert root is not None
         train = self._usable("root", root, self.clips)
         if val_root is None or os.path.realpath(val_root) == os.path.realpath(root):
@@ -201,7 +203,7 @@ class VideoData(pl.LightningDataModule):
             self.resize if training else self.val_resize,
             seed=self.seed,
             shuffle=training,
-            index_dir=None if self.cache_dir is None else Path(self.cache_dir) / "index",
+            index_dir=None if self.cache_dir is None else Path(self.cache_dir).expanduser() / "index",
         )
         rank, world = self._rank_and_world()
         plan = BatchPlan(

@@ -6,12 +6,18 @@ import gc
 import multiprocessing as mp
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
+
+
+def start_method() -> Literal["fork", "spawn"]:
+    """Return how processes start: by fork on Linux; elsewhere it is missing, or unsafe beside the system's threads."""
+    return "fork" if sys.platform == "linux" else "spawn"
 
 
 def cores() -> int:
@@ -38,7 +44,7 @@ class _Worker:
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        method = "fork" if "fork" in mp.get_all_start_methods() else "spawn"
+        method = start_method()
         context: Any = mp.get_context(method)
         self.pipe, theirs = context.Pipe()
         inherited = [self.pipe, *(sibling.pipe for sibling in self.siblings)] if method == "fork" else []

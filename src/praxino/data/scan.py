@@ -107,11 +107,11 @@ def scan(
     Raises:
         ConfigError: `root` is not a directory.
     """
-    root = os.path.abspath(os.fspath(root))
+    root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise ConfigError(f"{root!a} {'is not a directory' if os.path.exists(root) else 'does not exist'}")
     tree = _walk(root, images, follow_links)
-    folder = _open_cache(Path(cache_dir) if cache_dir is not None else default_index_dir().parent)
+    folder = _open_cache(Path(cache_dir).expanduser() if cache_dir is not None else default_index_dir().parent)
     cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl" if folder else None
     known = _load(cache) if cache else {}
     results: dict[str, Entry | Rejection] = {}
