@@ -1,4 +1,4 @@
-"""praxino: causal video autoencoders and latent video diffusion, trained by Lightning and composed by Hydra."""
+"""praxino: causal video autoencoders, trained by Lightning and composed by Hydra."""
 
 from importlib import import_module
 from typing import Any
