@@ -288,6 +288,12 @@ def test_official_origin_survives_a_praxino_checkpoint(official, tmp_path):
     assert json.loads((written / "config.json").read_text()) == config
 
 
+def test_any_layout_is_written(tmp_path):
+    vae = make(0).channels_last()
+    assert equal(checkpoint.load(checkpoint.save_official(vae, tmp_path)), make(0))
+    assert equal(checkpoint.load(checkpoint.save_official_ckpt(vae, tmp_path / "a" / "a.ckpt", ema=vae)), make(0))
+
+
 def test_official_ckpt(tmp_path, caplog):
     path = checkpoint.save_official_ckpt(make(0), tmp_path / "checkpoint-7.ckpt", ema=make(1), step=7)
     assert equal(checkpoint.load(path), make(1))

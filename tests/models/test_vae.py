@@ -34,7 +34,7 @@ def test_posterior_clamps_before_it_exponentiates():
     torch.testing.assert_close(posterior.std.flatten(), torch.tensor([math.exp(10), math.exp(-15), 1.0]))
     kl = [0.5 * (m * m + math.exp(v) - 1 - v) for m, v in ((0.5, 20), (1.0, -30), (-1.0, 0))]
     torch.testing.assert_close(posterior.kl().flatten(), torch.tensor(kl))
-    assert posterior.mode() is posterior.mean
+    assert torch.equal(posterior.mode(), posterior.mean)
 
 
 def test_samples_follow_the_posterior_and_the_generator():

@@ -187,6 +187,22 @@ def test_dropout_is_honoured():
     assert not torch.equal(vae(x, sample=False).recon, vae(x, sample=False).recon)
 
 
+def test_kernels_with_channels_last_compute_the_same():
+    vae, x = make(), torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    expected, state = vae(x, sample=False).recon, {k: v.clone() for k, v in vae.state_dict().items()}
+    assert vae.channels_last() is vae
+    assert vae.decoder.conv_in.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert vae.encoder.connect_l1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(value, state[key]) for key, value in vae.state_dict().items())
+    torch.testing.assert_close(vae(x, sample=False).recon, expected, rtol=0, atol=1e-5)
+
+
+def test_compiles_to_one_graph():
+    vae, x = make(t_interpolation="trilinear"), torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    compiled = torch.compile(lambda x: vae(x, sample=False).recon, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), vae(x, sample=False).recon, rtol=0, atol=1e-5)
+
+
 def test_bf16_computes_in_bf16():
     vae, x = make(), torch.rand(1, 3, 5, 16, 16) * 2 - 1
     exact = vae(x, sample=False).recon

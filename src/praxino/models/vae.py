@@ -3,8 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +22,15 @@ class Posterior:
 
     moments: Tensor
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         return self.moments.chunk(2, dim=1)[0]
 
-    @cached_property
+    @property
     def logvar(self) -> Tensor:
         return self.moments.chunk(2, dim=1)[1].clamp(-30.0, 20.0)
 
-    @cached_property
+    @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 
@@ -183,6 +182,17 @@ class VideoVAE(nn.Module, ABC):
         """Return the parameters in the order of the official optimizer: the decoder's, then the encoder's."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         return [p for name, p in sorted(named, key=lambda item: item[0].startswith("encoder."))]
+
+    def channels_last(self) -> Self:
+        """Lay out the kernels as the activations are, which saves a conversion in every call; return the model.
+
+        Values stay; but safetensors, for one, saves contiguous tensors only (`save_official` sees to that).
+        """
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in self.parameters():
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+        return self
 
     @torch.no_grad()
     def initialize(self, scheme: Literal["default", "fan_in"] = "default") -> None:
