@@ -63,6 +63,11 @@ def test_what_does_not_fit_is_refused(shape, message, vae):
         vae.encode(torch.zeros(shape))
 
 
+def test_bytes_are_refused(vae):
+    with pytest.raises(ValueError, match=r"a video of torch.uint8 does not fit: use floats in \[-1, 1\]"):
+        vae.encode(torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8))
+
+
 def test_latents_that_do_not_fit_are_refused(vae):
     with pytest.raises(ValueError, match=r"use \(B, 3, T, H, W\)"):
         vae.decode(torch.zeros(1, 4, 1, 1, 1))

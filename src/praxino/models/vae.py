@@ -136,6 +136,8 @@ class VideoVAE(nn.Module, ABC):
 
     def _encode(self, x: Tensor) -> tuple[Posterior, tuple[Tensor, ...]]:
         self.check_video(x.shape)
+        if not x.is_floating_point():
+            raise ValueError(f"a video of {x.dtype} does not fit: use floats in [-1, 1] (praxino.video.to_float).")
         moments, coefficients = self.encode_stream(x, Stream(final=True))
         assert moments is not None
         return Posterior(moments), tuple(c for c in coefficients if c is not None)
