@@ -157,7 +157,7 @@ def signature_errors(function: Callable[..., Any], node: DictConfig, path: str, 
 def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of a function, or of a class's constructor; none where they cannot be evaluated."""
     try:
-        return get_type_hints(function.__init__ if inspect.isclass(function) else function)
+        return get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}
 

@@ -1,12 +1,14 @@
 """Every configuration composes, and fits the constructors it configures."""
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
-from praxino.config import check, conf_dir, locate, redacted, register_resolvers, type_error
+from praxino.config import check, check_call, conf_dir, locate, redacted, register_resolvers, type_error
 from praxino.errors import ConfigError
 
 CONF = Path(conf_dir())
@@ -85,10 +87,20 @@ def test_foreign_targets_are_refused(target: str) -> None:
         (int | list[int], [3, 4], True),
         (int | list[int], ["a"], False),
         (str, None, False),
+        (Annotated[int, Field(ge=1)], 1, True),
+        (Annotated[int, Field(ge=1)], 0, False),
     ],
 )
 def test_types(hint: object, value: object, fits: bool) -> None:
     assert (type_error(hint, value) is None) == fits
+
+
+def test_ranges_in_annotations_are_checked() -> None:
+    def task(frames: Annotated[int, Field(ge=1)] = 17) -> None: ...
+
+    assert check_call(task, OmegaConf.create({"frames": 1})) == {"frames": 1}
+    with pytest.raises(ConfigError, match="frames: 0: input should be greater than or equal to 1"):
+        check_call(task, OmegaConf.create({"frames": 0}))
 
 
 def test_secrets_are_hidden() -> None:

@@ -167,6 +167,7 @@ def test_bad_arguments_are_refused(tree):
         ({"seed": -1}, "data.seed=-1"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
         ({"val_limit": 0}, "data.val_limit=0"),
+        ({"prefetch": 0}, "data.prefetch=0"),
         ({"frames": 0}, "data: 0 frames"),
         ({"size": [8]}, "data: size"),
         ({"fps": 10, "stride": 2}, "exclude each other"),

@@ -82,7 +82,12 @@ class VideoData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = False
-        for name, value, least in (("batch", batch, 1), ("val_batch", val_batch, 1), ("val_limit", val_limit, 1)):
+        for name, value, least in (
+            ("batch", batch, 1),
+            ("val_batch", val_batch, 1),
+            ("val_limit", val_limit, 1),
+            ("prefetch", prefetch, 1),
+        ):
             if value is not None and value < least:
                 raise ConfigError(f"data.{name}={value}: use at least {least}.")
         for name, value in (("workers", workers), ("seed", seed)):
