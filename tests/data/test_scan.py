@@ -285,7 +285,7 @@ def test_short_videos_are_never_silent(tree, new_video, caplog, short):
     assert len(usable.entries) == (13 if short == "drop" else 14)
     assert [r.path for r in usable.rejected] == (["tiny.mp4"] if short == "drop" else [])
     assert f"1 of 14 videos under {str(tree)!r} are too short for 9 frames" in caplog.text
-    assert f"data.short={short}" in caplog.text
+    assert f"(short={short})" in caplog.text
 
 
 def test_split_is_stable_and_never_empty(tree, new_video):

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,12 +87,18 @@ def test_resume_and_weights(finished: Path, settings: list[str], tmp_path: Path)
         trained(tmp_path / "other", *settings, f"weights={finished}", "model.net.base_channels=16")
 
 
+def test_training_on_frames_under_the_window_of_ssim(settings: list[str], tmp_path: Path) -> None:
+    metrics = trained(tmp_path, *settings, "size=8", "trainer.max_steps=1", "callbacks.media=null")
+    assert metrics["val/psnr"] > 0
+    assert "val/ssim" not in metrics
+
+
 def test_resume_names_what_it_cannot_go_on_with(finished: Path, settings: list[str], tmp_path: Path) -> None:
     newest = finished / "checkpoints" / "step-00000004.ckpt"
     with pytest.raises(ConfigError, match=r"does not fit model\.net: .* of .* tensors differ"):
         trained(tmp_path / "a", *settings, f"ckpt={newest}", "model.net.base_channels=16")
     official = save_official_ckpt(praxino.load(finished), tmp_path / "official" / "vae.ckpt")
-    with pytest.raises(CheckpointError, match="weights=.* begins with its weights"):
+    with pytest.raises(CheckpointError, match=r"weights=.* begins with its weights"):
         trained(tmp_path / "b", *settings, f"ckpt={official}")
     (tmp_path / "c" / "checkpoints").mkdir(parents=True)
     torn = tmp_path / "c" / "checkpoints" / newest.name
@@ -193,4 +200,62 @@ def test_official_directories_are_taken(videos: Path, tmp_path: Path) -> None:
 def test_names_and_chunks() -> None:
     assert output_names(["a/x.webm", "a/y.gif", "b/x.mp4"]) == ["a/x.mp4", "a/y.mp4", "b/x.mp4"]
     assert output_names(["x.webm", "X.mp4", "y.mkv"]) == ["x.webm.mp4", "X.mp4.mp4", "y.mp4"]
+    assert len(set(output_names(["a.mp4", "a.webm", "a.webm.avi"]))) == 3
     assert [fitting_chunk(*size) for size in ((16, 16), (256, 256), (1080, 1920), (4320, 7680))] == [64, 16, 1, 1]
+
+
+def test_reconstruct_overwrites_nothing_of_others(finished: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "x.mp4"
+    video.write(source, draw(0, frames=2, size=16)[1], 25)
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match="is not a reconstruction"):
+        reconstruct(vae=str(finished), input=str(source), out=str(tmp_path / "in"))
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ConfigError, match="lies inside"):
+        reconstruct(vae=str(finished), input=str(tmp_path / "in"), out=str(tmp_path / "link" / "out"))
+    assert source.read_bytes() == before
+    video.write(tmp_path / "in" / "origin" / "x.mp4", draw(1, frames=2, size=16)[1], 25)
+    with pytest.raises(ConfigError, match="for two videos"):
+        reconstruct(vae=str(finished), input=str(tmp_path / "in"), out=str(tmp_path / "out"), save_original=True)
+    for _ in range(2):  # its own files it writes again
+        assert reconstruct(vae=str(finished), input=str(tmp_path / "in"), out=str(tmp_path / "out"))["videos"] == 2
+
+
+def test_frames_under_the_window_of_ssim_have_none(finished: Path, tmp_path: Path) -> None:
+    video.write(tmp_path / "in" / "small[b].gif", draw(0, frames=2, size=8)[1], 10)
+    video.write(tmp_path / "in" / "large.mp4", draw(0, frames=2, size=16)[1], 10)
+    result = reconstruct(vae=str(finished), input=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    large, small = map(json.loads, (tmp_path / "out" / "reconstructions.jsonl").read_text().splitlines())
+    assert small["ssim"] is None
+    assert small["psnr"] > 0
+    assert result["ssim"] == large["ssim"]
+    compared = evaluate(out=str(tmp_path / "eval"), real=str(tmp_path / "in"), fake=str(tmp_path / "out"))
+    assert (compared["psnr"]["n"], compared["ssim"]["n"]) == (2, 1)
+
+
+def test_a_folder_of_frames_is_a_video_of_its_name(finished: Path, tmp_path: Path) -> None:
+    video.write(tmp_path / "in" / "shot.01", draw(0, frames=3, size=16)[1], 25, "png")
+    reconstruct(vae=str(finished), input=str(tmp_path / "in" / "shot.01"), out=str(tmp_path / "out"))
+    (row,) = map(json.loads, (tmp_path / "out" / "reconstructions.jsonl").read_text().splitlines())
+    assert (row["path"], row["frames"]) == ("shot.01", 3)
+    assert (tmp_path / "out" / row["output"]).is_file()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"stride": 0}, {"frames": 0}, {"chunk": 0}, {"limit": -1}, {"size": [7]}, {"quality": 99}]
+)
+def test_reconstruct_refuses_settings_before_it_begins(tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        reconstruct(vae="none", input="none", out=str(tmp_path / "out"), **setting)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_checks_the_clip_against_the_model(finished: Path, videos: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"out": str(tmp_path), "vae": str(finished), "data": {"root": str(videos)}, "workers": 0}
+    for setting in ({"frames": 6}, {"size": 20}, {"batch": 0}, {"size": None, "batch": 2}):
+        with pytest.raises(ConfigError, match=next(iter(setting))):
+            evaluate(**{**given, **setting})
+    video.write(tmp_path / "in" / "a.mp4", draw(0, frames=5, size=16)[1], 25)
+    video.write(tmp_path / "in" / "b.mp4", draw(0, frames=5, size=18)[1], 25)
+    result = evaluate(**{**given, "data": {"root": str(tmp_path / "in")}, "frames": 5, "size": None})
+    assert (result["n"], result["rejected"]) == (1, 1)

@@ -67,7 +67,7 @@ def find_usable(
     if not entries:
         raise DataError(
             f"{len(short)} of {len(short)} videos under {manifest.root} are too short for {_clip(clips)}: "
-            "use fewer frames, or data.short=pad or slow."
+            "use fewer frames, or short=pad or slow."
         )
     _report(manifest, clips, short)
     return Usable(manifest.root, spread(entries, limit), rejected, notes)
@@ -83,7 +83,7 @@ def spread(entries: list[Entry], limit: int | None) -> list[Entry]:
 def _nothing(manifest: Manifest) -> str:
     if not manifest.rejected:
         seen = f"{manifest.ignored} other files" if manifest.ignored else "no files at all"
-        return f"no videos under {manifest.root} ({seen}; lone pictures count with data.images=true)"
+        return f"no videos under {manifest.root} ({seen}; lone pictures count with images=true)"
     counts = Counter(rejection.reason for rejection in manifest.rejected)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     first = manifest.rejected[0]
@@ -111,7 +111,7 @@ def _report(manifest: Manifest, clips: ClipSampler, short: list[Entry]) -> None:
     if short:
         fate = {"drop": "left out", "pad": "padded with their last frame", "slow": "slowed down"}[clips.short]
         log.warning(
-            "%d of %d videos under %s are too short for %s and are %s (data.short=%s), first %s",
+            "%d of %d videos under %s are too short for %s and are %s (short=%s), first %s",
             len(short),
             len(manifest.videos),
             ascii(manifest.root),

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
 from praxino.lit.optim import clip_gradients, gradient_norm, norms_by_block, parameter_groups, seed_of
 from praxino.losses.vae import VAELoss
-from praxino.metrics.image import psnr, ssim
+from praxino.metrics.image import WINDOW, psnr, ssim
 from praxino.models.vae import VideoVAE
 from praxino.video import to_float
 
@@ -107,7 +107,10 @@ class VAEModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule."""
-        optimizer = self.make_optimizer(parameter_groups(self.net.trainable_parameters(), self.decay))
+        try:
+            optimizer = self.make_optimizer(parameter_groups(self.net.trainable_parameters(), self.decay))
+        except ValueError as error:  # torch checks the ranges: a negative learning rate, betas outside of [0, 1)
+            raise ConfigError(f"model.optimizer: {error}") from error
         return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
 
     def on_fit_start(self) -> None:
@@ -257,7 +260,9 @@ class VAEModule(pl.LightningModule):
         for x, index in zip(videos.split(1), batch["index"].tolist(), strict=True):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, index))
             output = self.eval_net(x, sample=self.sample_posterior, generator=generator)
-            row = {"psnr": psnr(x, output.recon)[0], "ssim": ssim(x, output.recon)[0], **self.loss(x, output)}
+            row = {"psnr": psnr(x, output.recon)[0], **self.loss(x, output)}
+            if min(x.shape[-2:]) >= WINDOW:
+                row["ssim"] = ssim(x, output.recon)[0]
             self._names = list(row)
             self._rows[index] = torch.stack([value.double() for value in row.values()]).tolist()
             recons.append(output.recon)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 
 from praxino.config import redacted
+from praxino.data.transforms import Resize, Size
 from praxino.errors import ConfigError, StorageError
+from praxino.metrics.image import WINDOW, psnr, ssim
+from praxino.models.vae import VideoVAE
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +94,47 @@ def precision_context(device: torch.device, precision: Precision) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def at_least(bound: int, **settings: int | None) -> None:
+    """Raise ConfigError for the first setting below the bound."""
+    for name, value in settings.items():
+        if value is not None and value < bound:
+            raise ConfigError(f"{name}={value}: use {bound} or more")
+
+
+def make_resize(size: Size) -> Resize:
+    """Return the resizing that a size asks for."""
+    try:
+        return Resize(size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
+    """Make sure that clips of the data fit the model."""
+    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
+    try:
+        net.check_video((1, 3, frames, height, width))
+    except ValueError as error:
+        raise ConfigError(f"frames={frames} size={size}: {error}") from error
+
+
+def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return psnr and ssim of videos `(B, C, T, H, W)`, `(B,)`; ssim is NaN where its window does not fit."""
+    fits = min(x.shape[-2:]) >= WINDOW
+    return {"psnr": (scores := psnr(x, y)), "ssim": ssim(x, y) if fits else torch.full_like(scores, math.nan)}
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Put None, which JSON knows, in the place of NaN."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def mean_of(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Return the mean of a column over the rows that have a value in it."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a small text file whole or not at all; names that are not UTF-8 survive as escapes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -106,10 +153,15 @@ def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[st
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else ascii_safe(cell) for cell in row))
+        table.add_row(*(Text(show(cell)) for cell in row))  # not markup, which names with [ ] would be taken for
     console = Console()
     console.print(ascii_safe(title), highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+
+
+def show(cell: Any) -> str:
+    """Return a cell of a table as text."""
+    return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else ascii_safe(cell)
 
 
 def ascii_safe(value: Any) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,19 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError
-from praxino.metrics.image import psnr, ssim
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import (
     Precision,
+    at_least,
+    check_clip,
     make_directory,
+    make_resize,
+    measure,
     pick_device,
     precision_context,
     show_table,
     versions,
+    without_nan,
     write_atomic,
     write_jsonl,
 )
@@ -35,7 +40,7 @@ from praxino.video import DecodeFailure, Video, to_float
 
 log = logging.getLogger(__name__)
 
-METRICS = {"psnr": psnr, "ssim": ssim}
+METRICS = ("psnr", "ssim")
 Row = dict[str, Any]
 Rejected = list[dict[str, Any]]
 
@@ -72,13 +77,19 @@ def evaluate(
     Returns:
         the content of metrics.json: n, mean and std over the videos of each metric, protocol, versions.
     """
+    at_least(1, frames=frames, stride=stride, limit=limit, batch=batch)
+    at_least(0, workers=workers)
+    resize = make_resize(size)
+    if size is None and batch > 1:
+        raise ConfigError("size=null keeps the size of every video: use batch=1")
     target, root = make_directory(out), data["root"] if data else None
     rejected: Rejected = []
     if vae and root and not (real or fake):
         chosen = pick_device(device)
         model = checkpoint.load(vae, weights=weights, device=chosen)
+        check_clip(model, frames, size)
         clips = ClipSampler(frames, stride, short=short, where="start")
-        loader = load_clips(root, clips, Resize(size), limit, batch, workers, cache_dir, rejected)
+        loader = load_clips(root, clips, resize, limit, batch, workers, cache_dir, rejected)
         with precision_context(chosen, precision):
             rows = score_reconstructions(model, loader, chosen, rejected)
         protocol: Row = {"vae": vae, "root": root, "frames": frames, "stride": stride, "size": size, "short": short}
@@ -93,8 +104,10 @@ def evaluate(
         raise DataError(f"no video could be measured: see {target / 'rejected.jsonl'}")
 
     protocol |= {"psnr": "data range 1, 100 dB at most, mean over frames"}
-    protocol |= {"ssim": "data range 1, gaussian 11x11 of sigma 1.5, valid window, mean over frames"}
-    summary = {metric: describe([row[metric] for row in rows]) for metric in METRICS}
+    protocol |= {
+        "ssim": "data range 1, gaussian 11x11 of sigma 1.5, valid window, mean over frames; none under 11 pixels"
+    }
+    summary = {metric: describe([row[metric] for row in rows if row[metric] is not None]) for metric in METRICS}
     result = {**summary, "n": len(rows), "rejected": len(rejected), "protocol": protocol, "versions": versions()}
     write_csv(target / "metrics.csv", rows)
     write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
@@ -134,10 +147,16 @@ def score_reconstructions(model: VideoVAE, loader: DataLoader, device: torch.dev
         if "video" not in clips:
             continue
         x = to_float(clips["video"].to(device))  # (B, C, T, H, W)
+        try:
+            model.check_video(x.shape)
+        except ValueError as error:  # of size=null
+            rejected += [{"path": path, "reason": "size", "detail": str(error)} for path in clips["path"]]
+            continue
         y = model.decode(model.encode(x).mode()).float().clamp(-1, 1)
-        scores = {name: metric(x, y).tolist() for name, metric in METRICS.items()}
+        scores = {name: score.tolist() for name, score in measure(x, y).items()}
         for index, path in enumerate(clips["path"]):
-            rows.append({"path": path, "frames": x.shape[2], **{name: scores[name][index] for name in METRICS}})
+            row = {"path": path, "frames": x.shape[2], **{name: score[index] for name, score in scores.items()}}
+            rows.append(without_nan(row))
     return rows
 
 
@@ -177,21 +196,21 @@ def score_pair(real: Path, fake: Path, name: str, chunk: int = 16) -> Row:
         sums, count = torch.zeros(len(METRICS), dtype=torch.float64), 0
         for a, b in zip(first.chunks(chunk), second.chunks(chunk), strict=True):
             x, y = to_float(a)[None], to_float(b)[None]
-            sums += len(a) * torch.cat([metric(x, y) for metric in METRICS.values()]).double()
+            sums += len(a) * torch.cat([*measure(x, y).values()]).double()
             count += len(a)
-    return {"path": name, "frames": count, **dict(zip(METRICS, (sums / count).tolist(), strict=True))}
+    return without_nan({"path": name, "frames": count, **dict(zip(METRICS, (sums / count).tolist(), strict=True))})
 
 
 def pair_names(paths: list[str]) -> dict[str, str]:
     """Return the paths under their names without suffix, or with it where two would be alike."""
-    stems = [str(Path(path).with_suffix("")) for path in paths]
+    stems = [os.path.splitext(path)[0] for path in paths]
     return {stem if stems.count(stem) == 1 else path: path for stem, path in zip(stems, paths, strict=True)}
 
 
-def describe(values: list[float]) -> dict[str, float]:
-    """Return mean, sample standard deviation (0 of one value) and number of the values."""
+def describe(values: list[float]) -> dict[str, float | None]:
+    """Return mean, sample standard deviation (0 of one value, no mean of none) and number of the values."""
     return {
-        "mean": statistics.fmean(values),
+        "mean": statistics.fmean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
         "n": len(values),
     }

@@ -1,6 +1,7 @@
 """Reconstruct: every video under a path through the VAE and back to disk, at any length, with PSNR and SSIM of each."""
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,21 @@ from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
-from praxino.metrics.image import psnr, ssim
 from praxino.models.vae import VideoVAE
-from praxino.tasks.common import Precision, make_directory, pick_device, precision_context, show_table, write_jsonl
+from praxino.tasks.common import (
+    Precision,
+    at_least,
+    make_directory,
+    make_resize,
+    mean_of,
+    measure,
+    pick_device,
+    precision_context,
+    show,
+    show_table,
+    without_nan,
+    write_jsonl,
+)
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 
 log = logging.getLogger(__name__)
@@ -42,6 +55,7 @@ def reconstruct(
     save_original: bool = False,
     side_by_side: bool = False,
     limit: int | None = None,
+    images: bool = False,
     weights: Literal["ema", "raw"] = "ema",
     lossless: bool = False,
     quality: int = 18,
@@ -60,39 +74,54 @@ def reconstruct(
         chunk: frames a push; the result does not depend on it. None fits it to the frame size.
         save_original: write the exact clips that the VAE was fed, without loss, under `out/origin`.
         side_by_side: write original | reconstruction under `out/side_by_side`.
+        images: take lone pictures in a tree as videos of one frame.
         lossless: write the reconstructions without loss; otherwise H.264 of constant rate factor `quality`.
 
     Returns:
         videos, frames, rejected and the means of psnr (dB) and ssim over the videos.
     """
+    at_least(1, frames=frames, stride=stride, chunk=chunk, limit=limit)
+    if not 0 <= quality <= 51:
+        raise ConfigError(f"quality={quality}: use 0 (best) to 51, e.g. 18")
+    resize, chosen = make_resize(size) if size is not None else None, pick_device(device)
     root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()
-    if target == root or root in target.parents:
+    if root.resolve() in (target.resolve(), *target.resolve().parents):
         raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
     target = make_directory(target)
-    model = checkpoint.load(vae, weights=weights, device=(chosen := pick_device(device)))
-    root, names, rejected = sources(root, cache_dir)
-    names = names[:limit]
-    copies = {"origin": save_original, "side_by_side": side_by_side}
+    model = checkpoint.load(vae, weights=weights, device=chosen)
+    root, sources, rejected = find_sources(root, images, cache_dir)
+    sources = sources[:limit]
+    kinds = [kind for kind, wanted in {"origin": save_original, "side_by_side": side_by_side}.items() if wanted]
+    outputs = [
+        {"reconstruction": target / name, **{kind: target / kind / name for kind in kinds}}
+        for name in output_names(sources)
+    ]
+    check_outputs(target, outputs)
+    write_jsonl(target / "reconstructions.jsonl", [])
 
     rows: list[dict[str, Any]] = []
-    for source, name in zip(names, output_names(names), strict=True):
-        paths = {"reconstruction": target / name, **{kind: target / kind / name for kind in copies if copies[kind]}}
+    for source, paths in zip(sources, outputs, strict=True):
         try:
             with Video(root / source) as video, precision_context(chosen, precision):
-                clip = Clip(video, frames, stride, Resize(size) if size is not None else None, chunk)
+                clip = Clip(video, frames, stride, resize, chunk)
                 row = clip.through(model, chosen, paths, lossless, quality)
         except DecodeFailure as failure:
             log.warning("%s", failure)
             rejected.append({"path": source, "reason": failure.reason, "detail": failure.detail})
             continue
+        name = str(paths["reconstruction"].relative_to(target))
         rows.append({"path": source, "output": name, **row})
-        log.info("%s: %d frames, PSNR %.2f dB, SSIM %.4f", name, row["frames"], row["psnr"], row["ssim"])
+        log.info(
+            "%s: %s frames, PSNR %s dB, SSIM %s",
+            ascii(name)[1:-1],
+            *map(show, (row["frames"], row["psnr"], row["ssim"])),
+        )
 
     write_jsonl(target / "reconstructions.jsonl", rows)
     write_jsonl(target / "rejected.jsonl", rejected)
     if not rows:
-        raise DataError(f"none of {len(names)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
-    means = {metric: sum(row[metric] for row in rows) / len(rows) for metric in ("psnr", "ssim")}
+        raise DataError(f"none of {len(sources)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
+    means = {metric: mean_of(rows, metric) for metric in ("psnr", "ssim")}
     show_table(
         f"Reconstructions in {target}",
         [*((row["path"], row["frames"], row["psnr"], row["ssim"]) for row in rows), ("mean", "", *means.values())],
@@ -103,12 +132,26 @@ def reconstruct(
     return {"videos": len(rows), "frames": sum(row["frames"] for row in rows), "rejected": len(rejected), **means}
 
 
-def sources(path: Path, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
+def find_sources(path: Path, images: bool, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
     """Return a folder, the videos in it by relative path, and what was rejected; a single video is its own tree."""
     if not path.is_dir():
         return path.parent, [path.name], []
-    usable = find_usable(path, ClipSampler(1), cache_dir=cache_dir)
-    return path, [entry.path for entry in usable.entries], [rejection.to_json() for rejection in usable.rejected]
+    usable = find_usable(path, ClipSampler(1), images=images, cache_dir=cache_dir)
+    names, root = [entry.path for entry in usable.entries], path
+    if "." in names:  # the folder itself is a video: of frames
+        names, root = [os.path.normpath(os.path.join(path.name, name)) for name in names], path.parent
+    return root, names, [rejection.to_json() for rejection in usable.rejected]
+
+
+def check_outputs(target: Path, outputs: list[dict[str, Path]]) -> None:
+    """Make sure that no file is written twice, and none over a file that is not of an earlier reconstruction."""
+    paths = [path for kinds in outputs for path in kinds.values()]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{str(twice[0])!a} would be written for two videos: rename a folder origin or side_by_side")
+    foreign = [] if (target / "reconstructions.jsonl").exists() else [path for path in paths if path.exists()]
+    if foreign:
+        raise ConfigError(f"{str(foreign[0])!a} exists and is not a reconstruction: choose another out")
 
 
 class Clip:
@@ -146,9 +189,9 @@ class Clip:
                 pictures["side_by_side"] = torch.cat([source, pictures["reconstruction"]], dim=-2)
                 for kind, writer in writers.items():
                     writer.add(pictures[kind])
-                sums += len(source) * torch.cat([psnr(x[None], y[None]), ssim(x[None], y[None])]).double().cpu()
+                sums += len(source) * torch.cat([*measure(x[None], y[None]).values()]).double().cpu()
                 count += len(source)
-        scores = dict(zip(("psnr", "ssim"), (sums / count).tolist(), strict=True))
+        scores = without_nan(dict(zip(("psnr", "ssim"), (sums / count).tolist(), strict=True)))
         seconds = round(time.perf_counter() - started, 3)
         return {"frames": count, "size": self.size, "fps": float(self.fps), **scores, "seconds": seconds}
 
@@ -178,6 +221,7 @@ def fitting_chunk(height: int, width: int) -> int:
 
 def output_names(paths: list[str]) -> list[str]:
     """Mirror the paths as mp4 files; two videos that differ in their suffix alone keep it in their names."""
-    stems = [str(Path(path).with_suffix("")) for path in paths]
+    stems = [os.path.splitext(path)[0] for path in paths]
     count = Counter(stem.casefold() for stem in stems)
-    return [(stem if count[stem.casefold()] == 1 else path) + ".mp4" for stem, path in zip(stems, paths, strict=True)]
+    names = [stem if count[stem.casefold()] == 1 else path for stem, path in zip(stems, paths, strict=True)]
+    return [name + ".mp4" for name in (names if len(set(names)) == len(names) else paths)]

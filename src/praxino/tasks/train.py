@@ -21,7 +21,7 @@ from praxino.config import check, instantiate, plain, redacted
 from praxino.data.pool import cores
 from praxino.errors import CheckpointError, ConfigError
 from praxino.models.vae import VideoVAE
-from praxino.tasks.common import describe_run, make_directory
+from praxino.tasks.common import check_clip, describe_run, make_directory
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +107,6 @@ def check_resume(net: VideoVAE, path: Path) -> None:
             f"ckpt={path} does not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. "
             f"{', '.join(differing[:3])}; resume with the model of {path.parent.parent / 'config.yaml'}"
         )
-
-
-def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
-    """Make sure that clips of the data fit the model."""
-    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
-    try:
-        net.check_video((1, 3, frames, height, width))
-    except ValueError as error:
-        raise ConfigError(f"frames={frames} size={size}: {error}") from error
 
 
 def load_weights(net: VideoVAE, path: str) -> None:
