@@ -236,3 +236,8 @@ def test_state_of_other_optimizers_is_refused(tmp_path):
 def test_wrong_arguments(wrong):
     with pytest.raises(ConfigError, match="must be positive"):
         make_module(**wrong)
+
+
+def test_a_wrong_learning_rate_is_an_error_of_the_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.optimizer: Invalid learning rate: -1"):
+        train(tmp_path, module=make_module(optimizer=sgd(-1.0)))
