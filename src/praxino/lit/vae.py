@@ -80,7 +80,7 @@ class VAEModule(pl.LightningModule):
         if init != "default":
             net.initialize(init)
         if channels_last:
-            _to_channels_last(net)
+            net.channels_last()
 
         self.step = 0  # optimizer steps of the generator
         self.skipped = 0  # steps not made because something was not finite
@@ -291,15 +291,7 @@ class VAEModule(pl.LightningModule):
         return x.contiguous(memory_format=torch.channels_last_3d) if self.channels_last else x
 
     def _report(self, metrics: dict[str, float]) -> None:
-        """Write a row to every logger, under our own step; Lightning would count batches, and take 2 ms for it."""
+        """Write a row to every logger, under our own step; Lightning would count batches."""
         self.latest |= metrics
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **metrics}, step=self.step)
-
-
-def _to_channels_last(net: torch.nn.Module) -> None:
-    """Lay out the kernels with the channels last, 2D and 3D."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in net.parameters():
-        if parameter.ndim in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
