@@ -88,7 +88,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def check_flags() -> None:
-    """Refuse unknown `--flags` in one line; argparse would print a screenful."""
+    """Refuse unknown `--flags` in one line, where argparse prints a screenful; put settings before the known ones."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
@@ -96,7 +96,9 @@ def check_flags() -> None:
         raise ConfigError(f"{message}; settings are written without dashes, {hint}=...; --help shows the most used")
 
     parser.error = error  # type: ignore[method-assign]
-    parser.parse_args()
+    settings = parser.parse_intermixed_args().overrides
+    flags = [word for word in sys.argv[1:] if word not in settings]
+    sys.argv[1:] = [*settings, *flags]
 
 
 def missing_path(key: str, value: Any) -> str | None:

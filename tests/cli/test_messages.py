@@ -22,6 +22,10 @@ BAD = [
     ("train", [*TINY, "data.root={here}", "model.net.base_chanels=8"], "did you mean model.net.base_channels"),
     ("train", [*TINY, "data.root={here}", "+model.net.base_chanels=8"], "did you mean base_channels"),
     ("train", [*TINY, "data.root={here}", "frames=seventeen"], "frames: 'seventeen'"),
+    ("train", [*TINY, "data.root={here}", "seed=-1"], "seed: -1: input should be greater than or equal to 0"),
+    ("train", [*TINY, "data.root={here}", "out=null"], "out: None: input should be a valid string"),
+    ("train", [*TINY, "data.root={here}", "trainer.val_check_interval=0"], "trainer.limit_val_batches=0 never"),
+    ("train", [*TINY, "data.root={here}", "threads=0"], "threads: 0: input should be greater than 0"),
     ("train", [*TINY, "data.root={here}", "frames=16"], "use 1 + 4k, e.g. 13 or 17"),
     ("train", [*TINY, "data.root={here}", "size=60"], "use multiples of 8"),
     ("train", [*TINY, "data.root={here}", "trainer.precision=bf17"], "trainer.precision: 'bf17'"),
@@ -66,6 +70,12 @@ def test_bad_command_line(
     assert len(error.splitlines()) <= 3
     assert "Traceback" not in error
     assert caught.value.code in ((2, 3) if "evaluate" in task and "vae" in arguments[0] else (2,))
+
+
+def test_settings_may_stand_around_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "-m", "size=8,16", "--cfg", "job", "frames=5"])
+    cli.check_flags()
+    assert sys.argv == ["train.py", "seed=1", "size=8,16", "frames=5", "-m", "--cfg", "job"]
 
 
 def test_help_is_readable_and_needs_no_torch() -> None:

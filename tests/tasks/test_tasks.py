@@ -2,21 +2,25 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import praxino
 from praxino import video
+from praxino.callbacks.ema import EMA
 from praxino.checkpoint import save_official_ckpt
 from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import draw, make_dataset
-from praxino.errors import CheckpointError, ConfigError, DataError
+from praxino.errors import CheckpointError, ConfigError, DataError, StorageError
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.evaluate import evaluate
+from praxino.tasks.make_data import run as make_data
 from praxino.tasks.reconstruct import fitting_chunk, output_names, reconstruct
 from praxino.tasks.train import run as train
 
@@ -91,6 +95,25 @@ def test_training_on_frames_under_the_window_of_ssim(settings: list[str], tmp_pa
     metrics = trained(tmp_path, *settings, "size=8", "trainer.max_steps=1", "callbacks.media=null")
     assert metrics["val/psnr"] > 0
     assert "val/ssim" not in metrics
+
+
+def test_an_interrupted_training_says_so(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EMA, "on_train_batch_end", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # the command line says "interrupted" and exits with 130
+            trained(tmp_path, *settings, "trainer.max_steps=2")
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+
+
+def test_make_data_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        make_data(OmegaConf.create({"out": str(tmp_path / "file")}))
 
 
 def test_resume_names_what_it_cannot_go_on_with(finished: Path, settings: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from praxino.config import check_call
 from praxino.data.synthetic import make_dataset
+from praxino.tasks.common import make_directory
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Check a configuration against `make_dataset` and call it."""
     arguments = check_call(make_dataset, cfg)
+    make_directory(arguments["out"])
     started = time.perf_counter()
     out = make_dataset(**arguments)
     counts = {split: arguments[key] for split, key in (("train", "videos"), ("val", "val_videos"))}

@@ -6,24 +6,34 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from praxino import checkpoint
 from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.record import RunLog, SafeLogger
-from praxino.config import check, instantiate, plain, redacted
+from praxino.config import check, instantiate, plain, redacted, report, type_error
 from praxino.data.pool import cores
 from praxino.errors import CheckpointError, ConfigError
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import check_clip, describe_run, make_directory
 
 log = logging.getLogger(__name__)
+
+# what no constructor checks
+SETTINGS = {
+    "out": str,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "ckpt": str | None,
+    "weights": str | None,
+    "threads": PositiveInt | None,
+}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -33,6 +43,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         PraxinoError: what can go wrong, in one message.
     """
     check(cfg)
+    report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))])
+    if cfg.trainer.get("val_check_interval") == 0:
+        raise ConfigError(
+            "trainer.val_check_interval=0: use a positive number; trainer.limit_val_batches=0 never validates"
+        )
     out = make_directory(cfg.out)
     resume = resume_from(cfg.ckpt, out)
     quiet_lightning()
@@ -56,7 +71,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
         describe_training(model.net, trainer, out, resume)
 
-    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit as ended:
+        if ended.code == 1 and trainer.interrupted:  # Lightning's end of Ctrl-C, without a word
+            raise KeyboardInterrupt from None
+        raise
     step = trainer.global_step
     if model.validated != model.step and data.found[1].entries and trainer.limit_val_batches != 0:
         trainer.validate(model, datamodule=data, verbose=False)  # what training ended with
