@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## train a small WF-VAE, reconstruct and measure; DATA=DIR takes your own folder of videos
+	@test -n "$(DEMO)"
 	rm -rf $(DEMO)/run $(DEMO)/reconstructions $(DEMO)/evaluation
 ifeq ($(DATA),)
 	$(RUN)/praxino-make-data out=$(DEMO)/videos

@@ -56,7 +56,7 @@ def load(
     """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights!r} is unknown: use ema or raw.")
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         vae = load_directory(path, weights)
     elif path.is_file():

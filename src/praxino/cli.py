@@ -64,7 +64,7 @@ def command(name: str) -> Callable[[], None]:
                 with open_dict(cfg):
                     cfg.out = HydraConfig.get().runtime.output_dir
             report(list(unresolved(cfg)))
-            report([problem for key in PATHS[name] if (problem := missing_path(key, OmegaConf.select(cfg, key)))])
+            report([problem for key in must_exist(name, cfg) if (problem := missing_path(key, cfg))])
             logging.captureWarnings(True)
             running.append(True)
             return import_module(f"praxino.tasks.{name}").run(cfg)
@@ -101,8 +101,15 @@ def check_flags() -> None:
     sys.argv[1:] = [*settings, *flags]
 
 
-def missing_path(key: str, value: Any) -> str | None:
+def must_exist(name: str, cfg: DictConfig) -> list[str]:
+    """Return the keys of a task that name something to be read; synthetic data is made where it is missing."""
+    made = str(OmegaConf.select(cfg, "data._target_")).endswith("SyntheticData")
+    return [key for key in PATHS[name] if not (made and key == "data.root")]
+
+
+def missing_path(key: str, cfg: DictConfig) -> str | None:
     """Return what is wrong with a path that has to exist."""
+    value = OmegaConf.select(cfg, key)
     if value is None:
         return None
     if not isinstance(value, str):

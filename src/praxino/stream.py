@@ -1,6 +1,7 @@
 """Encode and decode videos of any length in chunks, exactly as if in one piece.
 
-Memory depends on the chunk, not on the length, and a chunk may have any size.
+Memory depends on the chunk, not on the length, and a chunk may have any size. Under `torch.no_grad()`, that is:
+gradients flow through a stream, and then all of it is kept.
 """
 
 from collections.abc import Iterable, Iterator

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["experiment=wfvae_tiny", "trainer.max_steps=1"]
 
 BAD = [
-    ("train", [*TINY], "data.root: a value is required"),
+    ("train", ["experiment=wfvae_s"], "data.root: a value is required"),
     ("train", ["experiment=wfvae_tinyy", "data.root={here}"], "did you mean wfvae_tiny"),
     ("train", [*TINY, "data.root={here}/vidoes"], "did you mean {here}/videos"),
     ("train", [*TINY, "data.root={here}", "framess=17"], "framess: unknown key; did you mean frames"),
@@ -36,6 +36,7 @@ BAD = [
     ("train", [*TINY, "data.root={here}", "seed=${{nope}}"], "nope"),
     ("train", [*TINY, "data.root={here}", "ckpt=last"], "ckpt=last: "),
     ("train", [*TINY, "data.root={here}", "weights={here}/none.ckpt"], "weights: {here}/none.ckpt does not exist"),
+    ("train", [*TINY, "data.root={here}", "+trainer.gradient_clip_val=1"], "clip and accumulate are keys of model"),
     ("train", [*TINY, "data.root=[{here}"], "cannot be read as key=value"),
     ("train", [*TINY, "data.root={here}", "--epochs=3"], "epochs=..."),
     ("train", [*TINY, "data.root=a,b"], "data.root"),

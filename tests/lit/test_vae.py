@@ -113,6 +113,17 @@ def test_validation_does_not_depend_on_the_batch(tmp_path):
     assert rows(tmp_path / "without") == [row for row in found[0] if "train/loss" in row]
 
 
+def test_a_sample_too_small_for_a_metric_is_left_out_of_its_mean(tmp_path):
+    module = make_module()
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    train(tmp_path, steps=1, module=module, **options)
+    module._rows = {0: {"psnr": 20.0, "ssim": 0.5}, 1: {"psnr": 30.0}}
+    reported = []
+    module._report, module.log_dict = reported.append, lambda *_, **__: None
+    module.on_validation_epoch_end()
+    assert reported == [{"val/psnr": 25.0, "val/ssim": 0.5}]
+
+
 def test_validation_uses_the_average(tmp_path):
     module = make_module(optimizer=sgd(0.5), scheduler=None)
     options = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
@@ -123,14 +134,13 @@ def test_validation_uses_the_average(tmp_path):
     with torch.no_grad():
         module.eval_net.eval()
         module.validation_step(batch, 0)
-    mean = torch.tensor(list(module._rows.values()), dtype=torch.float64).mean(0)
-    assert rows(tmp_path)[-1]["val/psnr"] == pytest.approx(mean[0].item(), abs=1e-9)
-    assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(mean[0].item(), abs=1e-5)
-    psnr = mean[0].item()
+    psnr = sum(row["psnr"] for row in module._rows.values()) / 5
+    assert rows(tmp_path)[-1]["val/psnr"] == pytest.approx(psnr, abs=1e-9)
+    assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(psnr, abs=1e-5)
     del module.__dict__["ema_net"]
     with torch.no_grad():
         module.validation_step(batch, 0)
-    assert torch.tensor(list(module._rows.values()))[:, 0].mean().item() != pytest.approx(psnr, abs=1e-4)
+    assert sum(row["psnr"] for row in module._rows.values()) / 5 != pytest.approx(psnr, abs=1e-4)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

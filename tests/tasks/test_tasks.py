@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import praxino
-from praxino import video
+from praxino import checkpoint, video
 from praxino.callbacks.ema import EMA
 from praxino.checkpoint import save_official_ckpt
 from praxino.config import conf_dir, register_resolvers
@@ -213,7 +213,7 @@ def test_evaluate_demands_partners(videos: Path, tmp_path: Path) -> None:
 
 def test_official_directories_are_taken(videos: Path, tmp_path: Path) -> None:
     vae = WFVAE(latent_dim=4, base_channels=8, norm_type="layernorm")
-    praxino.checkpoint.save_official(vae, tmp_path / "official")  # type: ignore[attr-defined]
+    checkpoint.save_official(vae, tmp_path / "official")
     result = evaluate(
         out=str(tmp_path), vae=str(tmp_path / "official"), data={"root": str(videos)}, frames=5, size=16, limit=2
     )
@@ -282,3 +282,18 @@ def test_evaluate_checks_the_clip_against_the_model(finished: Path, videos: Path
     video.write(tmp_path / "in" / "b.mp4", draw(0, frames=5, size=18)[1], 25)
     result = evaluate(**{**given, "data": {"root": str(tmp_path / "in")}, "frames": 5, "size": None})
     assert (result["n"], result["rejected"]) == (1, 1)
+
+
+def test_an_experiment_without_data_makes_its_own(tmp_path: Path) -> None:
+    overrides = ["frames=5", "size=16", "trainer.max_steps=1", "data.workers=0", f"data.cache_dir={tmp_path}/cache"]
+    assert trained(tmp_path / "run", *overrides)["step"] == 1
+    assert next((tmp_path / "run" / "shapes").rglob("train/*/*.mp4"))
+    made = trained(tmp_path / "made", *overrides, "data=synthetic", "data.videos=4", f"data.root={tmp_path}/new")
+    assert made["step"] == 1
+    assert len(list((tmp_path / "new").rglob("train/*/*.mp4"))) == 4
+
+
+def test_group_norm_is_reconstructed_in_one_piece(videos: Path, tmp_path: Path) -> None:
+    checkpoint.save_official(WFVAE(latent_dim=4, base_channels=32, norm_type="groupnorm"), tmp_path / "vae")
+    result = reconstruct(vae=str(tmp_path / "vae"), input=str(videos), out=str(tmp_path / "out"), frames=5, limit=1)
+    assert result["frames"] == 5

@@ -1,6 +1,7 @@
 """The training of a video autoencoder: manual optimisation with a step counter of its own."""
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -92,8 +93,7 @@ class VAEModule(pl.LightningModule):
         self.gauges: dict[str, float] = {}  # values of callbacks, logged with the next training row
         self.batch_ended: float | None = None  # when the last batch was done with, on the monotonic clock
         self._group: list[dict[str, Any]] = []  # the micro-batches since the last step
-        self._rows: dict[int, list[float]] = {}  # validation: sample index -> values
-        self._names: list[str] = []
+        self._rows: dict[int, dict[str, float]] = {}  # validation: sample index -> values
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -263,8 +263,7 @@ class VAEModule(pl.LightningModule):
             row = {"psnr": psnr(x, output.recon)[0], **self.loss(x, output)}
             if min(x.shape[-2:]) >= WINDOW:
                 row["ssim"] = ssim(x, output.recon)[0]
-            self._names = list(row)
-            self._rows[index] = torch.stack([value.double() for value in row.values()]).tolist()
+            self._rows[index] = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist(), strict=True))
             recons.append(output.recon)
         return {"input": videos, "recon": torch.cat(recons)}
 
@@ -273,12 +272,14 @@ class VAEModule(pl.LightningModule):
         rows = self._rows
         if dist.is_initialized():
             gathered: list[Any] = [None] * self.trainer.world_size
-            dist.all_gather_object(gathered, (self._names, rows))
-            rows = {index: row for _, part in gathered for index, row in part.items()}
-            self._names = next((names for names, part in gathered if part), [])
+            dist.all_gather_object(gathered, rows)
+            rows = {index: row for part in gathered for index, row in part.items()}
         if rows and not self.trainer.sanity_checking:
-            means = torch.tensor([rows[index] for index in sorted(rows)], dtype=torch.float64).mean(0).tolist()
-            metrics = {f"val/{name}": mean for name, mean in zip(self._names, means, strict=True)}
+            columns: dict[str, list[float]] = {}
+            for index in sorted(rows):
+                for name, value in rows[index].items():
+                    columns.setdefault(f"val/{name}", []).append(value)
+            metrics = {name: statistics.fmean(values) for name, values in columns.items()}
             self._report(metrics)
             self.validated = self.step
             self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one

@@ -42,7 +42,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Map [-1, 1] to [0, 1] in float64."""
+    """Map [-1, 1] to [0, 1] in float64, which Apple's GPUs do not have."""
+    x = x.cpu() if x.device.type == "mps" else x
     return x.double().clamp(-1, 1).add(1).div(2)
 
 

@@ -58,7 +58,7 @@ def evaluate(
     fake: str | None = None,
     frames: int = 17,
     stride: int = 1,
-    size: Size = 256,
+    size: Size = 64,
     short: Short = "drop",
     limit: int | None = None,
     batch: int = 1,

@@ -183,7 +183,7 @@ class Clip:
                 )
                 for kind, path in paths.items()
             }
-            for source, y in pairs(model, self, device, self.chunk):
+            for source, y in pairs(model, self, device, self.chunk if model.streamable else None):
                 x = to_float(source).to(device)
                 pictures = {"reconstruction": to_uint8(y), "origin": source}
                 pictures["side_by_side"] = torch.cat([source, pictures["reconstruction"]], dim=-2)
@@ -197,7 +197,7 @@ class Clip:
 
 
 def pairs(
-    model: VideoVAE, chunks: Iterable[Tensor], device: torch.device, chunk: int
+    model: VideoVAE, chunks: Iterable[Tensor], device: torch.device, chunk: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the frames `(t, H, W, 3)` in uint8 and their reconstruction `(3, t, H, W)`, as the decoder lets them go."""
     waiting: list[Tensor] = []

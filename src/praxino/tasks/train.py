@@ -1,5 +1,6 @@
 """Train: a composed configuration becomes data, model, callbacks and trainer, and `trainer.fit` does the rest."""
 
+import inspect
 import logging
 import math
 import warnings
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -19,6 +21,7 @@ from praxino import checkpoint
 from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.config import check, instantiate, plain, redacted, report, type_error
+from praxino.data.module import SyntheticData
 from praxino.data.pool import cores
 from praxino.errors import CheckpointError, ConfigError
 from praxino.models.vae import VideoVAE
@@ -42,6 +45,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         PraxinoError: what can go wrong, in one message.
     """
+    if cfg.data.get("root") is None:
+        shapes_instead(cfg)
     check(cfg)
     report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))])
     if cfg.trainer.get("val_check_interval") == 0:
@@ -77,6 +82,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if ended.code == 1 and trainer.interrupted:  # Lightning's end of Ctrl-C, without a word
             raise KeyboardInterrupt from None
         raise
+    except MisconfigurationException as error:
+        message = str(error).splitlines()[0]
+        own = "; clip and accumulate are keys of model" if "manual optimization" in message else ""
+        raise ConfigError(f"trainer: {message}{own}") from error
     step = trainer.global_step
     if model.validated != model.step and data.found[1].entries and trainer.limit_val_batches != 0:
         trainer.validate(model, datamodule=data, verbose=False)  # what training ended with
@@ -85,6 +94,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
         log.info("done: step %d%s; everything is in %s", step, f", {scores}" if scores else "", out)
     return {"step": step, **metrics}
+
+
+def shapes_instead(cfg: DictConfig) -> None:
+    """Train on moving shapes where an experiment allows `data.root` to be left out, and say so."""
+    shared = {key: cfg.data[key] for key in inspect.signature(SyntheticData).parameters if key in cfg.data}
+    cfg.data = {**shared, "_target_": "praxino.data.module.SyntheticData", "root": f"{cfg.out}/shapes"}
+    log.warning("data.root is not given: training on moving shapes, made under %s", cfg.data.root)
 
 
 def spare_threads(ranks: int, workers: int) -> int:
@@ -171,3 +187,4 @@ def quiet_lightning() -> None:
         logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
