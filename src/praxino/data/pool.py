@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
+import torch
+
 
 def start_method() -> Literal["fork", "spawn"]:
     """Return how processes start: by fork on Linux; elsewhere it is missing, or unsafe beside the system's threads."""
@@ -112,6 +114,7 @@ def run_all(
 
 def _serve(pipe: Connection, function: Callable[..., Any], inherited: list[Connection]) -> None:
     """Answer calls until the other side is gone."""
+    torch.set_num_threads(1)  # a forked process has no threads of its parent's pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # do not collect here what a fork inherits: it may be a loader, whose workers that would end
     faulthandler.disable()  # a crash is a result here, not a reason for a page of addresses

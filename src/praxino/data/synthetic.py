@@ -139,7 +139,7 @@ def make_dataset(
         for job in jobs:
             run(job)
     else:
-        with ProcessPoolExecutor(count) as pool:
+        with ProcessPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(run, jobs, chunksize=max(1, len(jobs) // (8 * count))))
     write_lines(out / MARKER, [{**wanted, "complete": True}])
     return out
