@@ -36,7 +36,7 @@ ifeq ($(DATA),)
 	$(RUN)/python reconstruct.py vae=$(DEMO)/run input=$(DEMO)/videos/val limit=6 side_by_side=true out=$(DEMO)/reconstructions
 	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root=$(DEMO)/videos/val frames=9 size=32 out=$(DEMO)/evaluation
 else
-	$(RUN)/python train.py experiment=demo data.root="'$(DATA)'" size=64 batch=4 out=$(DEMO)/run
+	$(RUN)/python train.py experiment=demo data.root="'$(DATA)'" size=64 batch=4 trainer.max_steps=400 out=$(DEMO)/run
 	$(RUN)/python reconstruct.py vae=$(DEMO)/run input="'$(DATA)'" limit=6 frames=33 size=128 side_by_side=true out=$(DEMO)/reconstructions
 	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root="'$(DATA)'" frames=9 size=64 out=$(DEMO)/evaluation
 endif
