@@ -80,7 +80,7 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, d
     for _ in range(repeats):
         for name, call in calls.items():
             before, cost, after = unit(), clock(call), unit()
-            samples[name].append(tuple(2 * c / (a + b) for c, a, b in zip(cost, before, after, strict=True)))  # type: ignore
+            samples[name].append(tuple(2 * c / (a + b) for c, a, b in zip(cost, before, after, strict=True)))
     return {
         name: {
             kind: statistics.median(values)
