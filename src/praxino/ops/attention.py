@@ -29,5 +29,8 @@ class AttnBlock3DFix(nn.Module):
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Reshape `(B, C, T, H, W) -> (B, T, H*W, C)`: a view if channels are last."""
-    return x.flatten(3).movedim(1, -1)
+    """Reshape `(B, C, T, H, W) -> (B, T, H*W, C)`: a view if channels are last.
+
+    Contiguous, because inductor on a CPU computes wrong attention of strided views.
+    """
+    return x.flatten(3).movedim(1, -1).contiguous()
