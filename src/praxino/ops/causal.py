@@ -8,6 +8,7 @@ pushed into a fresh `Stream(final=True)`, so that there is only one path to get 
 from collections.abc import Hashable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -112,22 +113,29 @@ def unfold(x: Tensor, batch: int) -> Tensor:
 
 
 class Conv3d(nn.Conv3d):
-    """A 3D convolution that takes oneDNN's kernel for large frames on a CPU.
+    """A 3D convolution that chooses its kernel on a CPU by the size of a frame, never by their number.
 
-    Torch does so by itself in bfloat16 and for batches, but decides otherwise by the frames' number and height. Its
-    own kernel unfolds 27 copies of the input: three times the memory and the time.
+    Left alone, torch decides by the number of frames too, and its two kernels differ in memory, time and rounding.
+    Large frames take oneDNN's: torch's own unfolds 27 copies of the input, three times the memory and the time.
+    Tiny ones are computed in double: matrices of so few columns are summed in an order that changes with their
+    number, which a deep decoder would amplify to 1e-5 between a chunk and the whole. At this size it costs nothing.
     """
 
     LARGE = 20480  # elements of a frame; torch's own limit for pictures
+    TINY = 32  # pixels of a frame
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32
-        if not plain or x[0, :, 0].numel() <= self.LARGE or not ONEDNN or kernel_is_chosen():
-            return super().forward(x)
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not kernel_is_chosen()
         assert isinstance(self.padding, tuple)
-        return torch.mkldnn_convolution(
-            x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
-        )
+        if plain and x.shape[-2] * x.shape[-1] <= self.TINY:
+            bias = None if self.bias is None else self.bias.double()
+            y = F.conv3d(x.double(), self.weight.double(), bias, self.stride, self.padding)
+            return y.to(torch.float32, memory_format=torch.channels_last_3d)
+        if plain and x[0, :, 0].numel() > self.LARGE and ONEDNN:
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+            )
+        return super().forward(x)
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
