@@ -25,7 +25,7 @@ URLS = {
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
-LEAST = {"vgg": 16, "alex": 31, "squeeze": 31}  # pixels
+LEAST = {"vgg": 16, "alex": 31, "squeeze": 31}  # pixels of a frame's shorter side
 RANDOM = "random"
 SECONDS = 20.0  # to wait for an answer before the network counts as missing
 
