@@ -97,7 +97,17 @@ def test_logged_names(tmp_path):
         "step", "epoch", "train/loss", "train/l1", "train/wavelet", "train/kl", "train/psnr",
         "train/grad_norm", "train/lr", "train/skipped",
     }  # fmt: skip
-    assert set(validation) == {"step", "epoch", "val/loss", "val/l1", "val/wavelet", "val/kl", "val/psnr", "val/ssim"}
+    assert set(validation) == {
+        "step",
+        "epoch",
+        "val/loss",
+        "val/l1",
+        "val/wavelet",
+        "val/kl",
+        "val/psnr",
+        "val/ssim",
+        "val/latent_std",
+    }
 
 
 def test_validation_does_not_depend_on_the_batch(tmp_path):

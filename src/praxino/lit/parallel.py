@@ -1,0 +1,69 @@
+"""What is done to a network from outside: parts frozen, activations recomputed, gradients averaged over ranks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.utils.checkpoint import checkpoint
+
+from praxino.errors import ConfigError
+from praxino.ops.blocks import ResnetBlock
+from praxino.ops.causal import Stream
+
+
+def freeze_parts(net: nn.Module, names: Sequence[str]) -> None:
+    """Stop the training of all weights whose names begin with one of these, such as `encoder` or `decoder.mid`."""
+    parameters = dict(net.named_parameters())
+    for name in names:
+        found = [p for key, p in parameters.items() if key == name or key.startswith(f"{name}.")]
+        if not found:
+            parts = sorted({key.partition(".")[0] for key in parameters})
+            raise ConfigError(f"freeze: {name} names no weights: use the beginning of a name, e.g. {', '.join(parts)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ConfigError(f"freeze: {', '.join(names)} leaves nothing to train")
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a module, but not into its weights."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one dtype by their means over all ranks, in one message."""
+    if not tensors or not dist.is_initialized():
+        return
+    flat = _flatten_dense_tensors([t.contiguous() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
+        tensor.copy_(mean)
+
+
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Keep no activations inside residual blocks: the backward pass computes them again."""
+    for module in net.modules():
+        if isinstance(module, ResnetBlock):
+            module.forward = partial(recomputed, module.forward)
+
+
+def recomputed(forward, x: Tensor | None, stream: Stream) -> Tensor | None:  # type: ignore[no-untyped-def]
+    """Run a block under activation checkpointing; the second time with the stream as it was before the first."""
+    if x is None or not torch.is_grad_enabled():
+        return forward(x, stream)
+    before, streams = stream.fork(), [stream]
+    return checkpoint(lambda x: forward(x, streams.pop() if streams else before.fork()), x, use_reentrant=False)
