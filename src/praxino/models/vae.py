@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from praxino import __version__
 from praxino.errors import ConfigError
+from praxino.ops.attention import AttnBlock3D
 from praxino.ops.causal import Stream
 from praxino.ops.norm import GroupNorm
 
@@ -45,8 +46,10 @@ class Posterior:
         return self.mean
 
     def kl(self) -> Tensor:
-        """Return the divergence from the standard normal, per latent element, in nats."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+        """Return the divergence from the standard normal, per latent element, in nats, at least in float32."""
+        wide = torch.promote_types(self.moments.dtype, torch.float32)
+        mean, logvar = self.mean.to(wide), self.logvar.to(wide)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
 class Piece(NamedTuple):
@@ -79,6 +82,8 @@ class VideoVAE(nn.Module, ABC):
     stride: tuple[int, int, int]
     latent_channels: int
     official_name: str
+    official_prefix = ""  # what names of weights have here in front of the official ones
+    unused_keys: tuple[str, ...] = ()  # of official configs, beside those with an underscore: kept in `extra`
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -152,17 +157,33 @@ class VideoVAE(nn.Module, ABC):
 
     @property
     def streamable(self) -> bool:
-        """Tell whether the model can work in chunks: group norm mixes all frames."""
-        return not any(isinstance(module, GroupNorm) for module in self.modules())
+        """Tell whether the model can work in chunks: group norm and the attention of CausalVAE v1.0 mix all frames."""
+        return not any(isinstance(module, GroupNorm | AttnBlock3D) for module in self.modules())
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        """The lengths that fit, as first and step: `first + step*k`. The first latent stands for `first` frames."""
+        return 1, self.stride[0]
+
+    def fitting_frames(self, frames: int) -> int:
+        """Return the least length that fits, of so many frames or more."""
+        first, step = self.frame_rule
+        return first + max(-(-(frames - first) // step), 0) * step
+
+    def latent_frames(self, frames: int) -> int:
+        """Return how many latents a video of a length that fits has."""
+        return -(-frames // self.stride[0])
 
     def check_video(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless the model takes a video of this shape and gives back the same."""
         self.check_channels(shape, 3, "video")
         frames, height, width = shape[2:]
         t, h, w = self.stride
-        if (frames - 1) % t or frames < 1:
-            low = max(1 + (frames - 1) // t * t, 1)
-            raise ValueError(f"{frames} frames do not fit stride {t}: use 1 + {t}k, e.g. {low} or {low + t}.")
+        if frames < 1 or self.fitting_frames(frames) != frames:
+            first, step = self.frame_rule
+            low = first + max((frames - first) // step, 0) * step
+            rule = f"use {first} + {step}k, e.g. {low} or {low + step}"
+            raise ValueError(f"{frames} frames do not fit stride {t}: {rule}.")
         if height % h or width % w or not height or not width:
             raise ValueError(f"{height}x{width} pixels do not fit stride {h}x{w}: use multiples of {h} and {w}.")
 
@@ -221,6 +242,10 @@ class VideoVAE(nn.Module, ABC):
     @abstractmethod
     def moments_layer(self) -> nn.Conv2d | nn.Conv3d:
         """The layer that gives mean and log-variance."""
+
+    def official_config(self) -> dict[str, Any]:
+        """Return the content of the official config.json."""
+        return {"_class_name": self.official_name, **self.extra, **self.config}
 
     # Normalised latents, for a model that generates them.
 
