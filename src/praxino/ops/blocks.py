@@ -30,9 +30,12 @@ class ResnetBlock(nn.Module):
 
 
 class ResnetBlock2D(ResnetBlock):
-    """A residual block inside each frame."""
+    """A residual block inside each frame: its group norm, too, sees one frame at a time."""
 
     conv = FrameConv
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, norm_type: NormType) -> None:
+        super().__init__(in_channels, out_channels, dropout, "framenorm" if norm_type == "groupnorm" else norm_type)
 
 
 class ResnetBlock3D(ResnetBlock):

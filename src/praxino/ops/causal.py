@@ -146,6 +146,14 @@ def kernel_is_chosen() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
+Size = int | tuple[int, int, int]  # of all three dimensions, or of T, H and W
+
+
+def triple(size: Size) -> tuple[int, int, int]:
+    """Return the sizes of T, H and W."""
+    return (size, size, size) if isinstance(size, int) else size
+
+
 class CausalConv3d(nn.Module):
     """A 3D convolution that sees no later frame: the first frame is repeated in front, H and W are padded with zeros.
 
@@ -153,12 +161,13 @@ class CausalConv3d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int | None = None
+        self, in_channels: int, out_channels: int, kernel_size: Size = 3, stride: Size = 1, padding: int | None = None
     ) -> None:
         super().__init__()
-        self.size, self.step = kernel_size, stride
-        space = kernel_size // 2 if padding is None else padding
-        self.conv = Conv3d(in_channels, out_channels, kernel_size, stride, (0, space, space))
+        kernel, steps = triple(kernel_size), triple(stride)
+        self.size, self.step = kernel[0], steps[0]
+        space = kernel[1] // 2 if padding is None else padding
+        self.conv = Conv3d(in_channels, out_channels, kernel, steps, (0, space, space))
 
     def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:
         if x is None:
