@@ -23,37 +23,38 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
     Values and gradients are those of one process with the joint batch, where the loss is the sum over the ranks.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+
     def forward(self, x: Tensor) -> Tensor:
         joint = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return self.joint_forward(x) if joint else super().forward(x)
 
     def joint_forward(self, x: Tensor) -> Tensor:
-        """Normalise with the mean and variance over all ranks."""
-        self._check_input_dim(x)
+        """Normalise with the mean and variance over all ranks, taken at least in float32."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        count = values.new_full((1,), x.numel() // x.shape[1])
-        total = all_reduce(torch.cat((values.sum(axes), count)))  # (C + 1,)
+        own = values.new_full((1,), x.numel() // x.shape[1])
+        total = all_reduce(torch.cat((values.sum(axes), own)))  # (C + 1,)
         mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = values - mean.view(shape)
         var = all_reduce(centred.square().sum(axes)) / count  # (C,)
-        self.track(mean, var, count)
-        scale = torch.rsqrt(var + self.eps)
-        if self.affine:
-            return (centred * (scale * self.weight).view(shape) + self.bias.view(shape)).to(x.dtype)
-        return (centred * scale.view(shape)).to(x.dtype)
+        self.track(mean, var * (count / (count - 1).clamp(min=1)))
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics as torch does, with the unbiased variance."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
+    def track(self, mean: Tensor, unbiased: Tensor) -> None:
+        """Move the running statistics as torch does."""
         self.num_batches_tracked.add_(1)
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
 
 
 class JointBatchNorm2d(JointBatchNorm, nn.BatchNorm2d):
