@@ -163,7 +163,7 @@ def read(net: Net, path: str, sha256: str | None) -> dict[str, Tensor]:
             raise ConfigError(f"LPIPS weights {path}: sha256 {digest[:16]}.., not {sha256}.\n{remedy}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0][:160]
+        reason = getattr(error, "strerror", None) or f"no safe file of torch ({type(error).__name__})"
         raise ConfigError(f"LPIPS weights {path} cannot be read: {reason}.\n{remedy}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"LPIPS weights {path}: no state dict.\n{remedy}")
