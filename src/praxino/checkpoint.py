@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from praxino.errors import CheckpointError, ConfigError, PraxinoError
+from praxino.models.causalvae import CausalVAE
+from praxino.models.foreign import FAMILIES, ForeignVAE, find_class, rename
 from praxino.models.vae import FORMAT, VideoVAE, describe
 from praxino.models.wfvae import WFVAE
 
@@ -30,10 +32,14 @@ __all__ = ["describe", "find_last", "load", "read", "save_official", "save_offic
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-MODELS: dict[str, type[VideoVAE]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE,)}
-OFFICIAL = {cls.official_name: cls for cls in MODELS.values()}
+MODELS: dict[str, type[VideoVAE]] = {
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE, CausalVAE, ForeignVAE)
+}
+OFFICIAL = {cls.official_name: cls for cls in MODELS.values() if cls is not ForeignVAE}
 CONFIG, SAFETENSORS = "config.json", "diffusion_pytorch_model.safetensors"
+INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 PREFIX = "net."  # of the model in a LightningModule's state dict
+LOSS = "loss."  # of LPIPS and the discriminator in those of Open-Sora-Plan v1.0 and v1.1
 
 
 def load(
@@ -46,7 +52,8 @@ def load(
 
     Args:
         path: a praxino checkpoint, a run directory (its newest sound checkpoint is taken), an official directory
-            (config.json beside diffusion_pytorch_model.safetensors or a .ckpt) or an official .ckpt.
+            (config.json beside diffusion_pytorch_model.safetensors or a .ckpt), an official .ckpt, or a directory of
+            diffusers: of an autoencoder, or of a pipeline with one in `vae`.
         weights: the moving average if there is one, or the raw weights.
         device: where to put the model.
         dtype: of the weights; as stored by default.
@@ -68,14 +75,21 @@ def load(
 
 def load_directory(path: Path, weights: Weights) -> VideoVAE:
     """Load a run directory or an official directory."""
-    if (path / SAFETENSORS).is_file():
-        return load_safetensors(path / SAFETENSORS)
+    if (path / "vae" / CONFIG).is_file() and not (path / CONFIG).exists():
+        path = path / "vae"
+    for name in (SAFETENSORS, INDEX):
+        if (path / name).is_file():
+            return load_safetensors(path / name)
     if (path / "checkpoints").is_dir():
         last = find_last(path)
         if last is None:
             raise CheckpointError(f"{path / 'checkpoints'}: no sound step-*.ckpt: give another run or checkpoint.")
         return load_ckpt(last, weights)
     found = sorted(path.glob("*.ckpt"), key=step_of)
+    if not found and (pickles := sorted(path.glob("*.bin"))):
+        raise CheckpointError(
+            f"{pickles[0]}: a pickle, which can run code: give {SAFETENSORS}, as save_pretrained does."
+        )
     if not found:
         raise CheckpointError(
             f"{path}: neither a run (checkpoints/step-*.ckpt) nor an official directory ({CONFIG} with {SAFETENSORS} "
@@ -135,8 +149,7 @@ def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
     content = read(path)
     if "praxino" in content:
         return load_praxino(path, content, weights)
-    config = read_config(path.parent / CONFIG)
-    return build_official(path, config, official_state(path, content, weights))
+    return build_official(path, official_config(path, content), official_state(path, content, weights))
 
 
 def load_praxino(path: Path, content: Mapping[str, Any], weights: Weights) -> VideoVAE:
@@ -163,6 +176,13 @@ def load_praxino(path: Path, content: Mapping[str, Any], weights: Weights) -> Vi
     return vae
 
 
+def official_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json beside an official checkpoint, or else what Lightning stored of it in the file."""
+    stored = content.get("hyper_parameters")
+    beside = path.parent / CONFIG
+    return dict(stored) if isinstance(stored, Mapping) and stored and not beside.exists() else read_config(beside)
+
+
 def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """Pick the weights out of an official checkpoint: moving average, else the model, else a bare state dict."""
     state = content.get("state_dict", content)
@@ -171,18 +191,33 @@ def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> 
         candidates.insert(0, content.get("ema_state_dict"))
     for candidate in candidates:
         if isinstance(candidate, Mapping) and candidate:
-            return {str(key).removeprefix("module."): value for key, value in candidate.items()}
+            named = {str(key).removeprefix("module."): value for key, value in candidate.items()}
+            kept = {key: value for key, value in named.items() if not key.startswith(LOSS)}
+            if len(kept) < len(named):
+                log.info("%s: %d tensors of its loss are left out", path, len(named) - len(kept))
+            return kept
     raise CheckpointError(f"{path}: no weights (ema_state_dict, state_dict.gen_model, state_dict): give another file.")
 
 
 def load_safetensors(path: Path) -> VideoVAE:
-    """Load official weights beside their config.json."""
+    """Load official weights, or the index of several files of them, beside their config.json."""
     config = read_config(path.parent / CONFIG)
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors ({one_line(error)}): copy it again.") from error
+    state: dict[str, Any] = {}
+    for file in [path] if path.name != INDEX else listed_files(path):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: not readable as safetensors ({one_line(error)}): copy it again.") from error
     return build_official(path, config, state)
+
+
+def listed_files(index: Path) -> list[Path]:
+    """Return the files that an index of weights names, all of them beside it."""
+    names = read_config(index).get("weight_map")
+    names = sorted({str(name) for name in names.values()}) if isinstance(names, Mapping) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: names no files beside it in its weight_map: copy it again.")
+    return [index.with_name(name) for name in names]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -200,15 +235,27 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def build_official(path: Path, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
     """Build the model that an official config names."""
-    name = config.get("_class_name", WFVAE.official_name)
+    name = str(config.get("_class_name") or guess_class(config))
+    if name in FAMILIES:
+        own = {key: value for key, value in config.items() if key.startswith("_")}
+        options = {key: value for key, value in config.items() if key not in own}
+        return build(path, ForeignVAE, {**own, "class_name": name, "options": options}, rename(state))
     if name not in OFFICIAL:
-        raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join(OFFICIAL)}.")
+        raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join([*OFFICIAL, *FAMILIES])}.")
     return build(path, OFFICIAL[name], config, state)
+
+
+def guess_class(config: dict[str, Any]) -> str:
+    """Return the official name of the first model that takes all keys of a config without a class."""
+    for name, cls in OFFICIAL.items():
+        if {key for key in config if key[:1] != "_"} <= {*inspect.signature(cls).parameters, *cls.unused_keys}:
+            return name
+    return WFVAE.official_name
 
 
 def build(path: Path, cls: type[VideoVAE], config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
     """Construct a model and give it exactly these weights; the fixed filters may be missing, but not differ."""
-    extra = {key: value for key, value in config.items() if key.startswith("_")}
+    extra = {key: value for key, value in config.items() if key.startswith("_") or key in cls.unused_keys}
     known = {key: value for key, value in config.items() if key not in extra}
     names = list(inspect.signature(cls).parameters)
     for key in known:
@@ -216,6 +263,8 @@ def build(path: Path, cls: type[VideoVAE], config: dict[str, Any], state: dict[s
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{cls.__name__} takes {', '.join(names)}."
             raise CheckpointError(f"{path}: config key {key!r} is unknown: {hint}")
+    if cls is ForeignVAE:
+        find_class(str(known.get("class_name")))  # which may say that diffusers is missing
     try:
         with torch.device("meta"):
             vae = cls(**known)
@@ -260,7 +309,7 @@ def save_official(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_config(vae, directory)
-    state = {key: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
+    state = official_weights(vae, vae.state_dict())
     replace(directory / SAFETENSORS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     return directory
 
@@ -270,13 +319,13 @@ def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVA
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_config(vae, path.parent)
-    averaged = {} if ema is None else {f"module.{k}": p.detach().cpu().contiguous() for k, p in ema.named_parameters()}
+    averaged = {} if ema is None else official_weights(ema, dict(ema.named_parameters()), "module.")
     content = {
         "epoch": 0,
         "current_step": step,
         "optimizer_state": {},
         "state_dict": {
-            "gen_model": {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()},
+            "gen_model": official_weights(vae, vae.state_dict()),
             "dics_model": {},
         },
         "ema_state_dict": averaged,
@@ -287,10 +336,15 @@ def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVA
     return path
 
 
+def official_weights(vae: VideoVAE, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return tensors of a model under their official names."""
+    own = vae.official_prefix
+    return {prefix + key.removeprefix(own): value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
 def write_config(vae: VideoVAE, directory: Path) -> None:
     """Write the official config.json."""
-    config = {"_class_name": vae.official_name, **vae.extra, **vae.config}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(vae.official_config(), indent=2, sort_keys=True) + "\n"
     replace(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 

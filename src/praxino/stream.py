@@ -93,7 +93,7 @@ def reconstruct(vae: VideoVAE, chunks: Iterable[Tensor], chunk: int | None = 8) 
     for piece, like, final in look_ahead(vae, chunks, chunk):
         taken += piece.shape[2]
         if final:
-            piece = pad_time(piece, -(taken - 1) % vae.stride[0])
+            piece = pad_time(piece, vae.fitting_frames(taken) - taken)
         posterior = encoder.push(piece, final)
         y = None if posterior is None else decoder.push(posterior.mode(), final)
         if y is not None:
