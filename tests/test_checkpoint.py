@@ -232,7 +232,7 @@ def test_official_directory(official):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda c: c.update(_class_name="AutoencoderTiny"), "holds a AutoencoderKL: give one of WFVAEModel"),
+        (lambda c: c.update(_class_name="AutoencoderTiny"), "holds a AutoencoderTiny: give one of WFVAEModel"),
         (lambda c: c.update(base_chanels=4), "config key 'base_chanels' is unknown: did you mean base_channels?"),
         (lambda c: c.update(base_channels=16), "of another shape (encoder.down1.0.weight"),
     ],
