@@ -16,7 +16,9 @@ from praxino.callbacks.ema import EMA
 from praxino.callbacks.record import RunLog
 from praxino.lit.optim import warmup_cosine
 from praxino.lit.vae import VAEModule
+from praxino.losses.adversarial import Adversary
 from praxino.losses.vae import VAELoss
+from praxino.models.discriminator import NLayerDiscriminator3D
 from praxino.models.wfvae import WFVAE
 
 
@@ -42,6 +44,11 @@ def make_module(**overrides: Any) -> VAEModule:
         "scheduler": partial(warmup_cosine, total=100, warmup=3),
     }
     return VAEModule(**{**arguments, **overrides})
+
+
+def make_adversary(start: int = 0, norm: Any = "group", dropout: float | None = None, **options: Any) -> Adversary:
+    torch.manual_seed(1)
+    return Adversary(NLayerDiscriminator3D(width=8, layers=2, norm=norm, dropout=dropout), start=start, **options)
 
 
 class Clips(Dataset):

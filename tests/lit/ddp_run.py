@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from praxino.callbacks.guard import FiniteGuard
-from training import Data, make_module, train
+from training import Data, make_adversary, make_module, train
 
 
 def main(out: Path, scenario: str, ranks: int) -> None:
@@ -30,11 +30,22 @@ def main(out: Path, scenario: str, ranks: int) -> None:
         data = Data(count=24, batch=4 // ranks)
         options |= {"precision": "64-true", "limit_val_batches": 1.0, "val_check_interval": 3 * accumulate}
         options |= {"check_val_every_n_epoch": None}
+    elif scenario.startswith("gan"):  # its start, turns and statistics over the batch
+        turns, double = "turns" in scenario, "64" in scenario
+        module = make_module(
+            optimizer=partial(torch.optim.SGD, lr=0.05),
+            scheduler=None,
+            sample_posterior=False,
+            adversary=make_adversary(start=1, norm="batch", alternate=turns, lecam=0.1),
+        )
+        module, steps = module.double() if double else module, 5
+        data, options["precision"] = Data(count=24, batch=4 // ranks), "64-true" if double else "32-true"
     else:
-        module, data = make_module(), Data(count=24)
+        adversary = make_adversary(start=2, norm="batch", dropout=0.3) if scenario.endswith("gan") else None
+        module, data = make_module(adversary=adversary), Data(count=24)
     if scenario.startswith("resume"):
-        steps = 4 if scenario == "resume-first" else 8  # epochs of 6 batches
-        resume = out / "checkpoints" / "step-00000004.ckpt" if scenario == "resume-second" else None
+        steps = 4 if "first" in scenario else 8  # epochs of 6 batches
+        resume = out / "checkpoints" / "step-00000004.ckpt" if "second" in scenario else None
     if scenario == "bad":
         callbacks = (FiniteGuard(str(out / "faults")),)
         backward = module.manual_backward
@@ -47,7 +58,7 @@ def main(out: Path, scenario: str, ranks: int) -> None:
     train(out, steps, module, data, resume, callbacks, **options)
     torch.save(
         {
-            "weights": torch.cat([p.detach().flatten() for p in module.net.parameters()]),
+            "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
             "ema": torch.cat([p.flatten() for p in module.ema_net.parameters()]),
             "step": module.step,
             "skipped": module.skipped,

@@ -41,10 +41,26 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path, scenario):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_exactly(tmp_path):
-    launch(tmp_path / "whole", "resume-whole", 2)
-    launch(tmp_path / "parts", "resume-first", 2)
-    two = launch(tmp_path / "parts", "resume-second", 2)
+@pytest.mark.parametrize(("scenario", "tolerance"), [("gan64", 1e-10), ("gan64-turns", 1e-10), ("gan32", 1e-5)])
+def test_two_ranks_with_an_adversary_equal_one_with_the_double_batch(tmp_path, scenario, tolerance):
+    (one,) = launch(tmp_path / "one", scenario, 1)
+    two = launch(tmp_path / "two", scenario, 2)
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    for key in ("weights", "ema"):
+        torch.testing.assert_close(two[0][key], one[key], rtol=0, atol=tolerance)
+    assert two[0]["step"] == one["step"] == 5
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert {k: v for k, v in a.items() if k != "time"} == pytest.approx(
+            {k: v for k, v in b.items() if k != "time"}, rel=100 * tolerance, abs=tolerance
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", ["", "-gan"])
+def test_two_ranks_resume_exactly(tmp_path, game):
+    launch(tmp_path / "whole", f"resume-whole{game}", 2)
+    launch(tmp_path / "parts", f"resume-first{game}", 2)
+    two = launch(tmp_path / "parts", f"resume-second{game}", 2)
     whole = [torch.load(tmp_path / "whole" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for a, b in zip(two, whole, strict=True):
         assert torch.equal(a["weights"], b["weights"])

@@ -5,16 +5,26 @@ from typing import Any
 
 import pytest
 
-from training import Data, Tape, differences, load, make_module, rows, train
+from training import Data, Tape, differences, load, make_adversary, make_module, rows, train
 
 IGNORED = {"pytorch-lightning_version"}
 
 
-def run(out: Path, stops: list[int], accumulate: int = 1, workers: int = 0, count: int = 12, **options: Any):
+def run(
+    out: Path,
+    stops: list[int],
+    accumulate: int = 1,
+    workers: int = 0,
+    count: int = 12,
+    adversary: dict[str, Any] | None = None,
+    **options: Any,
+):
     """Train up to each of the steps in turn, every time from the checkpoint of the last, with everything made anew."""
     tape, resume = Tape(), None
     for step in stops:
-        module = make_module(accumulate=accumulate)
+        module = make_module(
+            accumulate=accumulate, adversary=None if adversary is None else make_adversary(dropout=0.3, **adversary)
+        )
         data = Data(count=count, workers=workers)
         train(out, step, module, data, resume, callbacks=(tape,), **options)
         resume = out / "checkpoints" / f"step-{step:08d}.ckpt"
@@ -59,6 +69,26 @@ def test_resume_with_an_uneven_last_group(tmp_path):
 @pytest.mark.slow
 def test_resume_in_bf16(tmp_path):
     check(tmp_path, [3, 6], precision="bf16-mixed")
+
+
+GAMES = {
+    "both": {"start": 4, "norm": "batch"},
+    "in turns": {"start": 3, "alternate": True, "lecam": 0.1, "r1": 1.0, "r1_every": 2},
+}
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_resume_with_an_adversary(tmp_path, game):
+    """Before, at and after its start, and in mid-epoch."""
+    check(tmp_path, [3, 4, 5, 8], adversary=GAMES[game])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_resume_with_an_adversary_after_every_step(tmp_path, stop, game, workers):
+    check(tmp_path, [stop, 10], adversary=GAMES[game], workers=workers, accumulate=1 + stop % 2, count=10)
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""Two networks learn by two optimizers, and only the generator's steps count."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from praxino.errors import CheckpointError, ConfigError
+from training import Data, load, make_adversary, make_module, rows, train
+
+
+def sgd(lr: float) -> partial:
+    return partial(torch.optim.SGD, lr=lr)
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def test_steps_of_the_generator_count_alone(tmp_path):
+    module = make_module(adversary=make_adversary(start=4))
+    trainer = train(tmp_path, steps=10, module=module, every=5)
+    assert module.step == trainer.global_step == 10
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == [
+        "step-00000005.ckpt",
+        "step-00000010.ckpt",
+    ]
+    checkpoint = load(tmp_path / "checkpoints" / "step-00000010.ckpt")
+    made = [{int(state["step"]) for state in o["state"].values()} for o in checkpoint["optimizer_states"]]
+    assert made == [{10}, {6}]
+    assert checkpoint["ema"]["updates"] == 10
+    assert not any("adversary" in name for name in checkpoint["ema"]["weights"])
+    judged = ["disc_loss" in "".join(row) for row in rows(tmp_path)]
+    assert judged == [False] * 4 + [True] * 6
+
+
+def test_players_in_turns(tmp_path):
+    module = make_module(adversary=make_adversary(start=3, alternate=True))
+    trainer = train(tmp_path, steps=6, module=module)
+    assert (module.step, module.passes, trainer.global_step) == (6, 3, 6)
+    kinds = ["D" if "train/disc_loss" in row else "G" for row in rows(tmp_path)]
+    assert "".join(kinds) == "GGGDGDGDG"
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"alternate": True}])
+def test_accumulating_two_batches_of_two_equals_one_of_four(tmp_path, options):
+    """The adaptive weight is a ratio of norms, so it is of its own batch: constant here."""
+    results = []
+    adversary = make_adversary(adaptive=None, **options)
+    for accumulate, batch in ((2, 2), (1, 4)):
+        module = make_module(
+            adversary=copy.deepcopy(adversary),
+            optimizer=sgd(0.1),
+            scheduler=None,
+            accumulate=accumulate,
+            sample_posterior=False,
+        ).double()
+        train(tmp_path / str(batch), steps=2, module=module, data=Data(batch=batch), precision="64-true")
+        results.append((weights(module.net), weights(module.adversary)))
+    for a, b in zip(*results, strict=True):
+        if options.get("norm") == "batch":  # statistics of other batches
+            assert not torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_clipping_holds_both(tmp_path):
+    module = make_module(adversary=make_adversary(), optimizer=sgd(1.0), scheduler=None, clip=0.01)
+    before = weights(module.net), weights(module.adversary)
+    train(tmp_path, steps=1, module=module)
+    row = rows(tmp_path)[0]
+    assert min(row["train/grad_norm"], row["train/disc_grad_norm"]) > 0.02
+    for old, new in zip(before, (weights(module.net), weights(module.adversary)), strict=True):
+        assert (new - old).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_adversary_does_not_learn_from_the_generator(tmp_path):
+    module = make_module(adversary=make_adversary(), adversary_optimizer=sgd(0.0))
+    before = weights(module.adversary)
+    train(tmp_path, steps=2, module=module)
+    assert torch.equal(weights(module.adversary), before)
+
+
+def test_the_game_changes_the_generator_only_from_its_start(tmp_path):
+    found = []
+    for adversary in (None, make_adversary(start=2)):
+        out = tmp_path / str(len(found))
+        train(out, steps=4, module=make_module(adversary=adversary))
+        found.append([row["train/l1"] for row in rows(out)])
+    assert found[0][:3] == found[1][:3]  # the loss of a step is of the weights before it
+    assert found[0][3] != found[1][3]
+
+
+def test_adaptive_weight_balances_the_gradients(tmp_path):
+    module = make_module(adversary=make_adversary(weight=0.5))
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    output = module.net(x)
+    _, terms = module._generator_loss(x, output)
+    last = module.net.last_layer
+    nll, adversarial = (
+        torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (terms["l1"], terms["adversarial"])
+    )
+    assert terms["adversarial_weight"].item() == pytest.approx(0.5 * nll.item() / adversarial.item(), rel=1e-4)
+
+
+def test_lecam_remembers_the_logits(tmp_path):
+    module = make_module(adversary=make_adversary(lecam=0.1))
+    train(tmp_path, steps=3, module=module, log_every_n_steps=100)
+    assert module.adversary.real_mean.item() != 0
+
+
+@pytest.mark.parametrize("parts", [["encoder"], ["decoder.mid", "encoder.conv_out"]])
+def test_frozen_parts_stay(tmp_path, parts):
+    module = make_module(freeze=parts, adversary=make_adversary())
+    before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
+    train(tmp_path, steps=2, module=module)
+    for name, parameter in module.net.named_parameters():
+        assert torch.equal(parameter, before[name]) == any(name.startswith(f"{part}.") for part in parts), name
+
+
+@pytest.mark.parametrize(("parts", "message"), [(["encodr"], "names no weights"), (["encoder", "decoder"], "nothing")])
+def test_wrong_parts_to_freeze(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        make_module(freeze=parts)
+
+
+@pytest.mark.parametrize("adversary", [False, True])
+def test_recomputed_activations_change_nothing(tmp_path, adversary):
+    found = []
+    for recompute in (False, True):
+        out = tmp_path / str(recompute)
+        module = make_module(checkpoint_activations=recompute, adversary=make_adversary() if adversary else None)
+        train(out, steps=3, module=module)
+        found.append((rows(out), weights(module.net)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_checkpoint_without_an_adversary_is_not_resumed_with_one(tmp_path):
+    train(tmp_path, steps=1)
+    with pytest.raises(CheckpointError, match=r"1 optimizer_states, this run has 2: .* weights=PATH"):
+        train(
+            tmp_path,
+            steps=2,
+            module=make_module(adversary=make_adversary()),
+            resume=tmp_path / "checkpoints" / "step-00000001.ckpt",
+        )
+
+
+def test_a_bad_step_of_the_adversary_is_skipped_for_both(tmp_path):
+    module = make_module(adversary=make_adversary(), optimizer=sgd(0.1), scheduler=None)
+    real = module.adversary.discriminator_loss
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        terms = real(*args, **kwargs)
+        return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) == 2 else terms
+
+    module.adversary.discriminator_loss = poisoned
+    train(tmp_path, steps=3, module=module)
+    assert (module.step, module.skipped, len(calls)) == (3, 1, 4)
+    assert weights(module).isfinite().all()
