@@ -97,7 +97,12 @@ class TimeDownsample2x(nn.Module):
 
     def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:
         x = None if x is None else stream.window(self, x, size=3, step=2)
-        return None if x is None else F.avg_pool3d(x, (3, 1, 1), (2, 1, 1))
+        return None if x is None else mean_of_three(x)
+
+
+def mean_of_three(x: Tensor) -> Tensor:
+    """Return the mean of frames 0 to 2, 2 to 4, ..."""
+    return x.unfold(2, 3, 2).mean(-1)
 
 
 class TimeUpsample2x(nn.Module):
@@ -163,7 +168,7 @@ class TimeDownsampleRes2x(Mixed):
 
     def forward(self, x: Tensor | None, stream: Stream) -> Tensor | None:
         x = None if x is None else stream.window(self, to_compute_dtype(x), size=3, step=2)
-        return None if x is None else self.mix(F.avg_pool3d(x, (3, 1, 1), (2, 1, 1)), self.conv(x))
+        return None if x is None else self.mix(mean_of_three(x), self.conv(x))
 
 
 class TimeUpsampleRes2x(Mixed):
