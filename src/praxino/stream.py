@@ -2,6 +2,12 @@
 
 Memory depends on the chunk, not on the length, and a chunk may have any size. Under `torch.no_grad()`, that is:
 gradients flow through a stream, and then all of it is kept.
+
+Two options trade exactness for memory and are lossy (see `praxino.tiling`). Wherever they occur:
+    tile: height and width in pixels, or one number: frames go through the model in blended tiles of this size, which
+        overlap by `overlap` of a tile. A tile as large as the frame changes nothing.
+    tile_frames: 1 + s*k frames: how a model that cannot stream (group norm) works on long videos all the same, in
+        tiles of time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,49 +16,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from praxino import tiling
 from praxino.models.vae import Posterior, VideoVAE
-from praxino.ops.causal import Stream
+from praxino.tiling import Tile
 
 
 class Encoder:
     """The encoding of one video, piece by piece."""
 
-    def __init__(self, vae: VideoVAE) -> None:
-        self.vae = vae
-        self.stream = Stream()
+    def __init__(
+        self, vae: VideoVAE, tile: Tile | None = None, overlap: float = 0.25, tile_frames: int | None = None
+    ) -> None:
+        self._push = tiling.encoder(vae, tile, overlap, tile_frames)
 
     def push(self, x: Tensor | None, final: bool = False) -> Posterior | None:
         """Take the next frames `(B, 3, t, H, W)` and return the latents that are ready; None flushes."""
-        self.stream.final |= final
-        moments, _ = self.vae.encode_stream(x, self.stream)
+        moments = self._push(x, final)
         return None if moments is None else Posterior(moments)
 
 
 class Decoder:
     """The decoding of one video, piece by piece."""
 
-    def __init__(self, vae: VideoVAE) -> None:
-        self.vae = vae
-        self.stream = Stream()
+    def __init__(
+        self, vae: VideoVAE, tile: Tile | None = None, overlap: float = 0.25, tile_frames: int | None = None
+    ) -> None:
+        self._push = tiling.decoder(vae, tile, overlap, tile_frames)
 
     def push(self, z: Tensor | None, final: bool = False) -> Tensor | None:
         """Take the next latents `(B, C, t, h, w)` and return the frames that are ready; None flushes."""
-        self.stream.final |= final
-        return self.vae.decode_stream(z, self.stream)[0]
+        return self._push(z, final)
 
 
-def encode(vae: VideoVAE, x: Tensor, chunk: int | None = 8) -> Posterior:
-    """Encode a video in pieces of one frame, then `chunk` frames each (None: in one piece)."""
+def encode(
+    vae: VideoVAE,
+    x: Tensor,
+    chunk: int | None = 8,
+    tile: Tile | None = None,
+    overlap: float = 0.25,
+    tile_frames: int | None = None,
+) -> Posterior:
+    """Encode a video in pieces of one frame, then `chunk` frames each (None: in one piece).
+
+    Tiles are encoded one after the other: only one of them holds a state.
+    """
     vae.check_video(x.shape)
-    encoder = Encoder(vae)
+    if tile is not None:
+        grid = tiling.pixel_grid(vae, x.shape, tile, overlap)
+        moments = grid.blend(encode(vae, crop, chunk, tile_frames=tile_frames).moments for crop in grid.crops(x))
+        assert moments is not None
+        return Posterior(moments)
+    encoder = Encoder(vae, tile_frames=tile_frames)
     posteriors = [encoder.push(piece, final) for piece, final in pieces(x, chunk)]
     return Posterior(torch.cat([p.moments for p in posteriors if p is not None], dim=2))
 
 
-def decode(vae: VideoVAE, z: Tensor, chunk: int | None = 2) -> Tensor:
-    """Decode latents in pieces of one, then `chunk` latent frames each (None: in one piece)."""
+def decode(
+    vae: VideoVAE,
+    z: Tensor,
+    chunk: int | None = 2,
+    tile: Tile | None = None,
+    overlap: float = 0.25,
+    tile_frames: int | None = None,
+) -> Tensor:
+    """Decode latents in pieces of one, then `chunk` latent frames each (None: in one piece).
+
+    Tiles are decoded one after the other: only one of them holds a state.
+    """
     vae.check_latent(z.shape)
-    decoder = Decoder(vae)
+    if tile is not None:
+        grid = tiling.latent_grid(vae, z.shape, tile, overlap)
+        y = grid.blend(decode(vae, crop, chunk, tile_frames=tile_frames) for crop in grid.crops(z))
+        assert y is not None
+        return y
+    decoder = Decoder(vae, tile_frames=tile_frames)
     frames = [decoder.push(piece, final) for piece, final in pieces(z, chunk)]
     return torch.cat([y for y in frames if y is not None], dim=2)
 
@@ -74,7 +111,14 @@ def check_chunk(chunk: int | None) -> None:
 
 
 @torch.no_grad()
-def reconstruct(vae: VideoVAE, chunks: Iterable[Tensor], chunk: int | None = 8) -> Iterator[Tensor]:
+def reconstruct(
+    vae: VideoVAE,
+    chunks: Iterable[Tensor],
+    chunk: int | None = 8,
+    tile: Tile | None = None,
+    overlap: float = 0.25,
+    tile_frames: int | None = None,
+) -> Iterator[Tensor]:
     """Yield the reconstruction of a video of any length and size, through the posterior's mode.
 
     Args:
@@ -88,7 +132,7 @@ def reconstruct(vae: VideoVAE, chunks: Iterable[Tensor], chunk: int | None = 8) 
         Pieces like the given ones (not of the same lengths), in all exactly as many frames.
     """
     check_chunk(chunk)
-    encoder, decoder = Encoder(vae), Decoder(vae)
+    encoder, decoder = Encoder(vae, tile, overlap, tile_frames), Decoder(vae, tile, overlap, tile_frames)
     taken = given = 0
     for piece, like, final in look_ahead(vae, chunks, chunk):
         taken += piece.shape[2]

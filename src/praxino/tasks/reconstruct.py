@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from praxino import checkpoint, stream
+from praxino import checkpoint, stream, tiling
 from praxino.config import check_call
 from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
@@ -52,6 +52,9 @@ def reconstruct(
     stride: int = 1,
     size: Size = None,
     chunk: int | None = None,
+    tile: Size = None,
+    overlap: float = 0.25,
+    tile_frames: int | None = None,
     save_original: bool = False,
     side_by_side: bool = False,
     limit: int | None = None,
@@ -71,7 +74,11 @@ def reconstruct(
         frames: frames of each video, from its start; None takes all of them, in constant memory.
         stride: every `stride`-th frame.
         size: a square of that many pixels, or [height, width], resized and centre-cropped; None keeps the video's own.
-        chunk: frames a push; the result does not depend on it. None fits it to the frame size.
+        chunk: frames a push; the result does not depend on it. None fits it to the frame or the tile.
+        tile: lossy: frames go through the VAE in tiles of this many pixels, square or [height, width], which overlap by
+            `overlap` of a tile and are blended. None, or a tile as large as the frame, is exact.
+        tile_frames: lossy: tiles of that many frames, for a VAE whose group norm cannot stream. None takes its videos
+            in one piece.
         save_original: write the exact clips that the VAE was fed, without loss, under `out/origin`.
         side_by_side: write original | reconstruction under `out/side_by_side`.
         images: take lone pictures in a tree as videos of one frame.
@@ -83,12 +90,14 @@ def reconstruct(
     at_least(1, frames=frames, stride=stride, chunk=chunk, limit=limit)
     if not 0 <= quality <= 51:
         raise ConfigError(f"quality={quality}: use 0 (best) to 51, e.g. 18")
+    tiling.check_overlap(overlap)
     resize, chosen = make_resize(size) if size is not None else None, pick_device(device)
     root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()
     if root.resolve() in (target.resolve(), *target.resolve().parents):
         raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
     target = make_directory(target)
     model = checkpoint.load(vae, weights=weights, device=chosen)
+    tiles = make_tiles(model, tile, overlap, tile_frames)
     root, sources, rejected = find_sources(root, images, cache_dir)
     sources = sources[:limit]
     kinds = [kind for kind, wanted in {"origin": save_original, "side_by_side": side_by_side}.items() if wanted]
@@ -103,7 +112,7 @@ def reconstruct(
     for source, paths in zip(sources, outputs, strict=True):
         try:
             with Video(root / source) as video, precision_context(chosen, precision):
-                clip = Clip(video, frames, stride, resize, chunk)
+                clip = Clip(video, frames, stride, resize, chunk, tiles)
                 row = clip.through(model, chosen, paths, lossless, quality)
         except DecodeFailure as failure:
             log.warning("%s", failure)
@@ -132,6 +141,17 @@ def reconstruct(
     return {"videos": len(rows), "frames": sum(row["frames"] for row in rows), "rejected": len(rejected), **means}
 
 
+def make_tiles(model: VideoVAE, tile: Size, overlap: float, tile_frames: int | None) -> dict[str, Any]:
+    """Return the options of tiling, checked against the model; say in the log what is lossy."""
+    if tile is not None:
+        tiling.check_tile(model, tile, overlap)
+        log.warning("tile=%s, overlap=%s: tiling is lossy where a frame is larger than a tile", tile, overlap)
+    if tile_frames is not None:
+        tiling.check_tile_frames(model, tile_frames)
+        log.warning("tile_frames=%s: tiling in time is lossy where a video is longer than a tile", tile_frames)
+    return {"tile": tile, "overlap": overlap, "tile_frames": tile_frames}
+
+
 def find_sources(path: Path, images: bool, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
     """Return a folder, the videos in it by relative path, and what was rejected; a single video is its own tree."""
     if not path.is_dir():
@@ -157,13 +177,24 @@ def check_outputs(target: Path, outputs: list[dict[str, Path]]) -> None:
 class Clip:
     """The part of a video that goes through the VAE, read chunk by chunk."""
 
-    def __init__(self, video: Video, frames: int | None, stride: int, resize: Resize | None, chunk: int | None) -> None:
+    def __init__(
+        self,
+        video: Video,
+        frames: int | None,
+        stride: int,
+        resize: Resize | None,
+        chunk: int | None,
+        tiles: dict[str, Any],
+    ) -> None:
         info = video.info
         self.video, self.stride = video, stride
         self.geometry = resize(info.height, info.width) if resize else None
         self.size = [self.geometry.height, self.geometry.width] if self.geometry else [info.height, info.width]
         self.stop = None if frames is None else min(info.frames, (frames - 1) * stride + 1)
-        self.chunk = chunk or fitting_chunk(*self.size)
+        tile = tiles["tile"]
+        sides = self.size if tile is None else [tile, tile] if isinstance(tile, int) else tile
+        self.chunk = chunk or fitting_chunk(*map(min, self.size, sides))
+        self.tiles = tiles
         self.fps = info.fps / stride
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -183,7 +214,8 @@ class Clip:
                 )
                 for kind, path in paths.items()
             }
-            for source, y in pairs(model, self, device, self.chunk if model.streamable else None):
+            whole = not model.streamable and self.tiles["tile_frames"] is None
+            for source, y in pairs(model, self, device, None if whole else self.chunk, self.tiles):
                 x = to_float(source).to(device)
                 pictures = {"reconstruction": to_uint8(y), "origin": source}
                 pictures["side_by_side"] = torch.cat([source, pictures["reconstruction"]], dim=-2)
@@ -197,7 +229,7 @@ class Clip:
 
 
 def pairs(
-    model: VideoVAE, chunks: Iterable[Tensor], device: torch.device, chunk: int | None
+    model: VideoVAE, chunks: Iterable[Tensor], device: torch.device, chunk: int | None, tiles: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the frames `(t, H, W, 3)` in uint8 and their reconstruction `(3, t, H, W)`, as the decoder lets them go."""
     waiting: list[Tensor] = []
@@ -207,7 +239,7 @@ def pairs(
             waiting.append(chunk)
             yield to_float(chunk).to(device)
 
-    for y in stream.reconstruct(model, feed(), chunk):
+    for y in stream.reconstruct(model, feed(), chunk, **tiles):
         held = torch.cat(waiting)
         waiting[:] = [held[y.shape[1] :]]
         yield held[: y.shape[1]], y.float().clamp(-1, 1)
