@@ -73,6 +73,11 @@ def load(
     return vae.to(device=device, dtype=dtype).eval()
 
 
+def pretrained(path: str) -> VideoVAE:
+    """Load a model to train it further, as `model.net` of a configuration."""
+    return load(path).train()
+
+
 def load_directory(path: Path, weights: Weights) -> VideoVAE:
     """Load a run directory or an official directory."""
     if (path / "vae" / CONFIG).is_file() and not (path / CONFIG).exists():
@@ -237,12 +242,20 @@ def build_official(path: Path, config: dict[str, Any], state: dict[str, Any]) ->
     """Build the model that an official config names."""
     name = str(config.get("_class_name") or guess_class(config))
     if name in FAMILIES:
-        own = {key: value for key, value in config.items() if key.startswith("_")}
-        options = {key: value for key, value in config.items() if key not in own}
-        return build(path, ForeignVAE, {**own, "class_name": name, "options": options}, rename(state))
+        return build_foreign(path, name, config, state)
     if name not in OFFICIAL:
         raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join([*OFFICIAL, *FAMILIES])}.")
     return build(path, OFFICIAL[name], config, state)
+
+
+def build_foreign(path: Path, name: str, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
+    """Build a model of diffusers; what its class does not know of the config is left out, as diffusers does."""
+    taken = inspect.signature(find_class(name)).parameters
+    options = {key: value for key, value in config.items() if key in taken}
+    own = {key: value for key, value in config.items() if key.startswith("_")}
+    if unknown := config.keys() - options.keys() - own.keys():
+        log.warning("%s: %s does not know %s, which is left out", path, name, ", ".join(sorted(unknown)))
+    return build(path, ForeignVAE, {**own, "class_name": name, "options": options}, rename(state))
 
 
 def guess_class(config: dict[str, Any]) -> str:
