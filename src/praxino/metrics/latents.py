@@ -1,0 +1,113 @@
+"""Statistics of latents, per channel, over any number of videos, the same for every batch, order and split."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+ACTIVE = 0.01  # variance of the posterior mean from which a channel counts as used
+
+
+class ChannelStatistics:
+    """Count, mean, variance and range per channel of all tensors `(B, C, ...)` seen, in float64, on the CPU.
+
+    Sums of squared deviations are merged (Chan et al.), not squares summed: no digits are lost to a large mean.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0  # elements a channel
+        self.mean = torch.zeros(channels, dtype=torch.float64)  # (C,)
+        self.deviations = torch.zeros(channels, dtype=torch.float64)  # (C,) sum of (z - mean)^2
+        self.low = torch.full((channels,), torch.inf, dtype=torch.float64)
+        self.high = torch.full((channels,), -torch.inf, dtype=torch.float64)
+
+    def update(self, z: Tensor) -> None:
+        """Add all elements of a tensor `(B, C, ...)`."""
+        if z.ndim < 2 or z.shape[1] != len(self.mean):
+            raise ValueError(f"a tensor of shape {tuple(z.shape)} does not fit: use (B, {len(self.mean)}, ...).")
+        if not z.numel():
+            return
+        part, values = ChannelStatistics(len(self.mean)), double(z.detach()).transpose(0, 1).flatten(1)  # (C, N)
+        part.count = values.shape[1]
+        mean = values.mean(dim=1)
+        part.deviations = (values - mean[:, None]).square().sum(dim=1).cpu()
+        low, high = values.aminmax(dim=1)
+        part.mean, part.low, part.high = mean.cpu(), low.cpu(), high.cpu()
+        self.merge(part)
+
+    def merge(self, other: Self) -> Self:
+        """Add all that another one has seen; return self."""
+        if other.count:
+            total, delta = self.count + other.count, other.mean - self.mean
+            self.mean = self.mean + delta * (other.count / total)
+            self.deviations = self.deviations + other.deviations + delta**2 * (self.count * other.count / total)
+            self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+            self.count = total
+        return self
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of the values seen, `(C,)`: their mean squared deviation."""
+        return self.deviations / max(self.count, 1)
+
+
+@dataclass
+class LatentStatistics:
+    """Statistics of the latents that a diffusion model sees: samples of posteriors, without drawing any.
+
+    The mean of samples is that of the posterior means. Their variance is that of the posterior means plus the mean of
+    the posterior variances.
+    """
+
+    means: ChannelStatistics
+    noise: ChannelStatistics  # of the posterior variances
+    kl: ChannelStatistics
+
+    @classmethod
+    def empty(cls, channels: int) -> Self:
+        """Begin with nothing seen."""
+        return cls(*(ChannelStatistics(channels) for _ in range(3)))
+
+    def update(self, mean: Tensor, variance: Tensor, kl: Tensor) -> None:
+        """Add posteriors: mean, variance and divergence per element, `(B, C, ...)`."""
+        self.means.update(mean)
+        self.noise.update(variance)
+        self.kl.update(kl)
+
+    def merge(self, other: Self) -> Self:
+        """Add all that another one has seen; return self."""
+        self.means.merge(other.means)
+        self.noise.merge(other.noise)
+        self.kl.merge(other.kl)
+        return self
+
+    @property
+    def count(self) -> int:
+        """Elements a channel."""
+        return self.means.count
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of samples, `(C,)`."""
+        return self.means.mean
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of samples, `(C,)`."""
+        return (self.means.variance + self.noise.mean).sqrt()
+
+    @property
+    def noise_share(self) -> Tensor:
+        """How much of the variance of samples is the posteriors' own, `(C,)`, 0 to 1: at 1 a channel says nothing."""
+        return self.noise.mean / self.std.square()
+
+    @property
+    def active(self) -> Tensor:
+        """Which channels are used, `(C,)` bool: the posterior mean varies by more than `ACTIVE`."""
+        return self.means.variance > ACTIVE
+
+
+def double(x: Tensor) -> Tensor:
+    """Return float64, on the CPU where it comes from Apple's GPUs, which have none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
