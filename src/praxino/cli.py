@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from praxino.config import conf_dir, nearest, register_resolvers, report, unresolved
+from praxino.config import conf_dir, nearest, register_resolvers, report, single_job, unresolved
 from praxino.errors import ConfigError, PraxinoError
 
 # keys that name something which must exist before a task begins
@@ -67,7 +67,8 @@ def command(name: str) -> Callable[[], None]:
             report([problem for key in must_exist(name, cfg) if (problem := missing_path(key, cfg))])
             logging.captureWarnings(True)
             running.append(True)
-            return import_module(f"praxino.tasks.{name}").run(cfg)
+            with single_job(cfg.out):
+                return import_module(f"praxino.tasks.{name}").run(cfg)
         except PraxinoError as error:
             errors.append(error)
             return None

@@ -5,14 +5,19 @@ import inspect
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +41,7 @@ ALLOWED_TARGETS = frozenset(
         *(f"torch.optim.{name}" for name in ("Adafactor", "Adam", "AdamW", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")),
     ]
 )
+RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 
 
@@ -46,9 +52,48 @@ def conf_dir() -> str:
 
 
 def run_id() -> str:
-    """Return the name of this run: UTC time and six random digits, the same in every process that it starts."""
+    """Return the name of this run: UTC time and six random digits, the same in every process that takes part in it."""
+    if known := os.environ.get("PRAXINO_RUN_ID"):
+        return known
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.gmtime())}_{secrets.token_hex(3)}"
-    return os.environ.setdefault("PRAXINO_RUN_ID", name)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = agreed("run_id", name)
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        name = f"slurm-{os.environ['SLURM_JOB_ID']}"
+    os.environ["PRAXINO_RUN_ID"] = name
+    return name
+
+
+def agreed(what: str, value: str) -> str:
+    """Return the value of the first of torchrun's processes that asked, through the store of its agent."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    key = f"praxino/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return store.compare_set(key, "", value).decode()
+
+
+@contextmanager
+def single_job(out: str) -> Iterator[None]:
+    """Let the ranks that a job of a sweep launches run this job alone; leave nothing of it to the next job.
+
+    Lightning starts a rank with this process's own command line, and describes the group of ranks in the environment.
+    """
+    command, ranks = sys.argv, {name: os.environ.get(name) for name in RANK_VARIABLES}
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        settings = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] != "out"]
+        quoted = out.replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv = [command[0], *settings, f"out='{quoted}'"]
+    try:
+        yield
+    finally:
+        sys.argv = command
+        for name, value in ranks.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def native_bf16(yes: str, no: str) -> str:

@@ -380,7 +380,7 @@ class VAEModule(pl.LightningModule):
             metrics = {name: statistics.fmean(values) for name, values in columns.items()}
             self._report(metrics)
             self.validated = self.step
-            self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one
+            self.log_dict(metrics, logger=False, batch_size=1, sync_dist=True)  # for callbacks that monitor one
 
     # -------------------------------------------------------------------------------------------------- common
 

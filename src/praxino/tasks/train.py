@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -75,6 +76,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
         describe_training(model.net, trainer, out, resume)
+        for logger in extra:
+            logger.log_hyperparams(redacted(plain(cfg)))
 
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -90,6 +93,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if model.validated != model.step and data.found[1].entries and trainer.limit_val_batches != 0:
         trainer.validate(model, datamodule=data, verbose=False)  # what training ended with
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if dist.is_initialized():
+        dist.destroy_process_group()  # the next job of a sweep has a group of its own
     if trainer.is_global_zero:
         scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
         log.info("done: step %d%s; everything is in %s", step, f", {scores}" if scores else "", out)
@@ -188,3 +193,4 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new
