@@ -3,6 +3,7 @@ import torch
 
 from praxino import stream
 from praxino.errors import ConfigError
+from praxino.losses.vae import VAELoss
 from praxino.models.causalvae import CausalVAE
 from praxino.ops.causal import Stream
 
@@ -121,6 +122,15 @@ def test_initialisation_restores_the_mixture():
 def test_latents_are_scaled_as_officially():
     z = torch.randn(2, 4, 2, 2, 2)
     torch.testing.assert_close(make(V12).normalize(z), z * 0.18215)
+
+
+def test_loss_needs_no_coefficients():
+    vae, x = make(V12), video(5, dtype=torch.float32)
+    terms = VAELoss(wavelet=0.0)(x, vae(x))
+    terms["loss"].backward()
+    assert sorted(terms) == ["kl", "l1", "loss", "nll"]
+    with pytest.raises(ValueError, match="a network without coefficients needs wavelet=0"):
+        VAELoss()(x, vae(x))
 
 
 # Streams.

@@ -129,6 +129,19 @@ def test_lightning_ckpt_beside_its_config(early, tmp_path, caplog):
     assert same(checkpoint.load(tmp_path / "again"), vae)
 
 
+def test_official_origin_survives_a_praxino_checkpoint(early, tmp_path):
+    _, config, content = early
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(content, tmp_path / "last.ckpt")
+    vae = checkpoint.load(tmp_path)
+    state = {f"net.{key}": value for key, value in vae.state_dict().items()}
+    torch.save({"state_dict": state, "praxino": checkpoint.describe(vae)}, tmp_path / "ours.ckpt")
+    again = checkpoint.load(tmp_path / "ours.ckpt")
+    assert same(again, vae)
+    assert (again.extra, again.config) == (vae.extra, vae.config)
+    assert again.extra == EARLY | {key: value for key, value in config.items() if key.startswith("_")}
+
+
 def test_lightning_ckpt_with_its_hyperparameters(early, tmp_path):
     vae, config, content = early
     known = {key: value for key, value in config.items() if not key.startswith("_")}
