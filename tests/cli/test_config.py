@@ -40,7 +40,8 @@ def test_choices_fit_their_constructors(choice: str) -> None:
 def test_every_yaml_is_reached() -> None:
     groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
     known = {".", "callbacks", "data", "debug", "experiment", "hydra/help", "hydra/job_logging", "logger", "model"}
-    assert groups <= known | {"model/net", "trainer", "local"}
+    parts = {f"model/{part}" for part in ("adversary", "lpips", "net", "val_lpips")}
+    assert groups <= known | parts | {"trainer", "local"}
 
 
 def test_all_problems_are_told_at_once() -> None:
