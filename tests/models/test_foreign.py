@@ -336,6 +336,17 @@ def test_whole_only(saved: dict[str, Path]) -> None:
     assert torch.equal(stream.encode(vae, video(9), chunk=None).mode(), vae.encode(video(9)).mode())
 
 
+@pytest.mark.parametrize("name", ["wan", "allegro"])
+@torch.no_grad()
+def test_tiles_of_time(name: str, saved: dict[str, Path]) -> None:
+    vae, x = praxino.load(saved[name]), video(21)[0]
+    size = vae.fitting_frames(16)
+    y = torch.cat([*stream.reconstruct(vae, x.split(5, dim=1), chunk=5, tile_frames=size)], dim=1)
+    assert y.shape == x.shape
+    first = vae.decode(vae.encode(x[None, :, :size]).mode())[0]
+    assert (y[:, :size] - first).abs().max() <= TOLERANCE
+
+
 @torch.no_grad()
 def test_pictures_work_in_chunks(saved: dict[str, Path]) -> None:
     vae, x = praxino.load(saved["2d"]), video(9)

@@ -220,7 +220,10 @@ class ForeignVAE(VideoVAE):
     def push(self, call: Callable[[Any, Tensor], Tensor], x: Tensor | None, stream: Stream) -> Piece:
         """Encode or decode a whole video, or a piece of one where frames are independent."""
         if not (self.streamable or stream.whole):
-            raise ConfigError(f"{self.official_name} takes whole videos only, not pieces: use chunk=null.")
+            raise ConfigError(
+                f"{self.official_name} takes whole videos only: use chunk=null (the whole video at once), or "
+                "overlapping tiles of frames (tile_frames, not exact)."
+            )
         return Piece(None if x is None else call(self.model, x), ())
 
     @property
