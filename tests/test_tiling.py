@@ -1,6 +1,7 @@
 """Tiles: a partition of unity, exact in time, equal to the whole where there is one, named lossy where not."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -76,14 +77,16 @@ def test_what_comes_out_lies_where_it_went_in(tile: tiling.Tile, overlap: float)
 
 
 def test_a_seam_is_a_ramp() -> None:
-    """Two tiles that disagree by 1 give steps of 1 / (pixels that they share)."""
+    """Two tiles that disagree by 1: steps of at most pi / 2 over the pixels shared, and almost none at the ends."""
     vae = make()
     grid = tiling.latent_grid(vae, (1, 4, 1, 4, 12), 64, 0.5)
     assert len(grid) == 2
     y = grid.blend(torch.full((1, 3, 1, 32, 64), float(i)) for i in range(2))
     assert y[0, 0, 0, 0, [0, 31, 64, 95]].tolist() == [0.0, 0.0, 1.0, 1.0]
-    assert y.diff(dim=-1).max() <= 1 / 32 + 1e-6
-    assert (y.diff(dim=-1) >= 0).all()
+    steps = y.diff(dim=-1)
+    assert steps.min() >= 0
+    assert steps.max() <= math.pi / 2 / 32
+    assert steps[..., 31].max() < 1e-3
 
 
 def test_halves_are_blended_in_float32() -> None:
@@ -301,6 +304,6 @@ def test_reconstruct_in_tiles_says_that_it_is_lossy(tmp_path, caplog) -> None:
         assert result["frames"] == 10
         psnr[name] = result["psnr"]
     assert psnr["large"] == psnr["exact"]
-    assert len(set(psnr.values())) == 5
+    assert len(set(psnr.values())) == 4
     with pytest.raises(ConfigError, match="streams exactly"):
         reconstruct(vae=str(tmp_path / "streams"), input=str(tmp_path / "in"), out=str(tmp_path / "no"), tile_frames=9)

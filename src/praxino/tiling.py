@@ -49,7 +49,10 @@ class Axis:
         return slice(self.starts[index] * cell, (self.starts[index] + self.size) * cell)
 
     def weights(self, cell: int) -> list[Tensor]:
-        """Return how much each tile counts at each of its elements: linear ramps that sum to one, in float64."""
+        """Return how much each tile counts at each of its elements, in float64; all sum to one.
+
+        The ramps are raised cosines: the error of a tile is largest at its border, where they are flat.
+        """
         at = torch.arange(self.size * cell, dtype=torch.float64) + 0.5
         total = torch.zeros(self.length * cell, dtype=torch.float64)
         ramps = []
@@ -59,8 +62,8 @@ class Axis:
                 ramp = torch.minimum(ramp, at / (cell * max(self.starts[i - 1] + self.size - start, 1)))
             if i + 1 < len(self.starts):
                 ramp = torch.minimum(ramp, at.flip(0) / (cell * max(start + self.size - self.starts[i + 1], 1)))
-            total[self.span(i, cell)] += ramp
-            ramps.append(ramp)
+            ramps.append(torch.sin(ramp * math.pi / 2).square())
+            total[self.span(i, cell)] += ramps[-1]
         return [ramp / total[self.span(i, cell)] for i, ramp in enumerate(ramps)]
 
 
