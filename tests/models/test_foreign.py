@@ -24,6 +24,7 @@ from praxino.tasks.train import run as train
 diffusers = pytest.importorskip("diffusers", minversion="0.35")
 
 TOLERANCE = 1e-5  # measured: 0 for all of them, the arithmetic is the same
+OTHER_BATCH = 3e-5  # between frames in batches of other sizes; measured: 5e-6
 WIDTHS = (8, 8, 8, 8)
 NAMES = {  # name here -> class, options, stride; sizes of 32 pixels, so that one latent is left at 32x
     "wan": (
@@ -183,8 +184,8 @@ def video(frames: int, height: int = 32, width: int = 32, batch: int = 1) -> Ten
 def reference(name: str, net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the reconstruction that diffusers computes for one video."""
     if name == "2d":
-        z = torch.stack([net.encode(frame).latent_dist.mode() for frame in x.unbind(2)], dim=2)
-        return z, torch.stack([net.decode(frame).sample for frame in z.unbind(2)], dim=2)
+        z = net.encode(x[0].transpose(0, 1)).latent_dist.mode()
+        return z.transpose(0, 1)[None], net.decode(z).sample.transpose(0, 1)[None]
     if name == "allegro":  # it has tiled methods only; one tile is the whole
         net.enable_tiling()
         net.kernel = net.stride = tuple(x.shape[2:])
@@ -352,8 +353,8 @@ def test_pictures_work_in_chunks(saved: dict[str, Path]) -> None:
     vae, x = praxino.load(saved["2d"]), video(9)
     z = vae.encode(x).mode()
     assert vae.streamable
-    assert (stream.encode(vae, x, chunk=3).mode() - z).abs().max() <= TOLERANCE
-    assert (stream.decode(vae, z, chunk=2) - vae.decode(z)).abs().max() <= TOLERANCE
+    assert (stream.encode(vae, x, chunk=3).mode() - z).abs().max() <= OTHER_BATCH
+    assert (stream.decode(vae, z, chunk=2) - vae.decode(z)).abs().max() <= OTHER_BATCH
 
 
 # Files.
