@@ -63,13 +63,9 @@ def load(
     """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights!r} is unknown: use ema or raw.")
-    path = Path(path).expanduser()
-    if path.is_dir():
-        vae = load_directory(path, weights)
-    elif path.is_file():
-        vae = load_safetensors(path) if path.suffix == ".safetensors" else load_ckpt(path, weights)
-    else:
-        raise CheckpointError(f"{path}: no such file or directory: give a checkpoint, a run or an official directory.")
+    file = locate(path)
+    tensors_only = file.suffix == ".safetensors" or file.name == INDEX
+    vae = load_safetensors(file) if tensors_only else load_ckpt(file, weights)
     return vae.to(device=device, dtype=dtype).eval()
 
 
@@ -78,18 +74,23 @@ def pretrained(path: str) -> VideoVAE:
     return load(path).train()
 
 
-def load_directory(path: Path, weights: Weights) -> VideoVAE:
-    """Load a run directory or an official directory."""
+def locate(path: str | os.PathLike[str]) -> Path:
+    """Return the file that `load` reads: a checkpoint, weights, or the index of weights in several files."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory: give a checkpoint, a run or an official directory.")
     if (path / "vae" / CONFIG).is_file() and not (path / CONFIG).exists():
         path = path / "vae"
     for name in (SAFETENSORS, INDEX):
         if (path / name).is_file():
-            return load_safetensors(path / name)
+            return path / name
     if (path / "checkpoints").is_dir():
         last = find_last(path)
         if last is None:
             raise CheckpointError(f"{path / 'checkpoints'}: no sound step-*.ckpt: give another run or checkpoint.")
-        return load_ckpt(last, weights)
+        return last
     found = sorted(path.glob("*.ckpt"), key=step_of)
     if not found and (pickles := sorted(path.glob("*.bin"))):
         raise CheckpointError(
@@ -102,7 +103,7 @@ def load_directory(path: Path, weights: Weights) -> VideoVAE:
         )
     if len(found) > 1:
         log.warning("%s: %d checkpoints, the one of the highest step is taken: %s", path, len(found), found[-1].name)
-    return load_ckpt(found[-1], weights)
+    return found[-1]
 
 
 def find_last(run: str | os.PathLike[str]) -> Path | None:
@@ -245,7 +246,34 @@ def build_official(path: Path, config: dict[str, Any], state: dict[str, Any]) ->
         return build_foreign(path, name, config, state)
     if name not in OFFICIAL:
         raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join([*OFFICIAL, *FAMILIES])}.")
-    return build(path, OFFICIAL[name], config, state)
+    vae = build(path, OFFICIAL[name], config, state)
+    spread_scale(path, vae)
+    return vae
+
+
+def spread_scale(path: Path, vae: VideoVAE) -> None:
+    """Take an official scale and shift of another length for all channels where their entries are all alike.
+
+    The file's own stay in `config`, to be written back as they are.
+    """
+    scale, shift, channels = vae.config["scale"], vae.config["shift"], vae.latent_channels
+    if len(scale) == len(shift) == channels:
+        return
+    alike = all(
+        values and isinstance(values[0], int | float) and values.count(values[0]) == len(values)
+        for values in (scale, shift)
+    )
+    alike = alike and scale[0] != 0
+    log.warning(
+        "%s: scale and shift have %d and %d entries for %d latent channels: %s; praxino-encode measures them",
+        path,
+        len(scale),
+        len(shift),
+        channels,
+        "all alike, they are taken for every channel" if alike else "latents cannot be normalised",
+    )
+    if alike:
+        vae.set_statistics([shift[0]] * channels, [1 / scale[0]] * channels)
 
 
 def build_foreign(path: Path, name: str, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:

@@ -24,6 +24,7 @@ PATHS = {
     "train": ("data.root", "data.val_root", "weights"),
     "evaluate": ("vae", "data.root", "real", "fake"),
     "reconstruct": ("vae", "input"),
+    "encode": ("vae", "data.root"),
     "make_data": (),
 }
 
@@ -188,4 +189,5 @@ def groups() -> list[str]:
 train = command("train")
 evaluate = command("evaluate")
 reconstruct = command("reconstruct")
+encode = command("encode")
 make_data = command("make_data")

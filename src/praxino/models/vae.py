@@ -272,12 +272,14 @@ class VideoVAE(nn.Module, ABC):
         if self.statistics is not None:
             mean, std = self.statistics["mean"], self.statistics["std"]
         else:  # the official config: (z - shift) * scale
-            mean, std = self.config["shift"], [1 / v for v in self.config["scale"]]
-        if not len(mean) == len(std) == self.latent_channels:
-            raise ConfigError(
-                f"scale and shift have {len(std)} and {len(mean)} values for {self.latent_channels} latent channels: "
-                "measure the latents and call set_statistics."
-            )
+            mean, scale = self.config["shift"], self.config["scale"]
+            if not len(mean) == len(scale) == self.latent_channels or 0 in scale:
+                raise ConfigError(
+                    f"scale and shift have {len(scale)} and {len(mean)} values for {self.latent_channels} latent "
+                    "channels, none may be missing or a scale of 0: measure them with praxino-encode stats_only=true, "
+                    "or call set_statistics."
+                )
+            std = [1 / v for v in scale]
         pair = torch.tensor([mean, std], dtype=z.dtype, device=z.device)
         return pair[0].view(1, -1, 1, 1, 1), pair[1].view(1, -1, 1, 1, 1)
 

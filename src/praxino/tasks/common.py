@@ -17,9 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from praxino.config import redacted
+from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
+from praxino.data.usable import find_usable
+from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, StorageError
 from praxino.metrics.image import WINDOW, psnr, ssim
 from praxino.models.vae import VideoVAE
@@ -116,6 +120,23 @@ def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
         net.check_video((1, 3, frames, height, width))
     except ValueError as error:
         raise ConfigError(f"frames={frames} size={size}: {error}") from error
+
+
+def load_clips(
+    root: str,
+    clips: ClipSampler,
+    resize: Resize,
+    limit: int | None,
+    batch: int,
+    workers: int,
+    cache_dir: str | None,
+    rejected: list[dict[str, Any]],
+) -> DataLoader:
+    """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
+    usable = find_usable(root, clips, cache_dir=cache_dir)
+    rejected += [rejection.to_json() for rejection in usable.rejected]
+    dataset = VideoClips(root, usable.entries[:limit], clips, resize, tries=0)
+    return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
 
 
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader
 from praxino import checkpoint
 from praxino.config import check_call
 from praxino.data.clips import ClipSampler, Short
-from praxino.data.transforms import Resize, Size
+from praxino.data.transforms import Size
 from praxino.data.usable import find_usable
-from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import (
     Precision,
     at_least,
     check_clip,
+    load_clips,
     make_directory,
     make_resize,
     measure,
@@ -117,23 +117,6 @@ def evaluate(
         ("metric", "mean", "std", "videos"),
     )
     return result
-
-
-def load_clips(
-    root: str,
-    clips: ClipSampler,
-    resize: Resize,
-    limit: int | None,
-    batch: int,
-    workers: int,
-    cache_dir: str | None,
-    rejected: Rejected,
-) -> DataLoader:
-    """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
-    usable = find_usable(root, clips, cache_dir=cache_dir)
-    rejected += [rejection.to_json() for rejection in usable.rejected]
-    dataset = VideoClips(root, usable.entries[:limit], clips, resize, tries=0)
-    return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
 
 
 @torch.inference_mode()
