@@ -2,7 +2,8 @@
 
 In space, tiles overlap and are blended. A tile sees nothing beyond its border, where a model puts zeros, and
 attention in frames and group norm look no further than the tile: the result is close to the whole but not equal to
-it (`benchmarks/tiling.py` measures by how much). In time nothing is lost: every tile has a stream of its own.
+it (`benchmarks/tiling.py` measures by how much). In time nothing is lost: every tile has a stream of its own. In
+`stream.reconstruct` all of these hold their state at once; `stream.encode` and `decode` take one tile after the other.
 
 Blended are the raw moments, log-variances like means: a weighted mean of log-variances is what two estimates of one
 posterior call for. Variances would let the more uncertain tile win; those of `w z1 + (1 - w) z2` would shrink in the
