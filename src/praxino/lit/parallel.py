@@ -1,8 +1,9 @@
 """What is done to a network from outside: parts frozen, activations recomputed, gradients averaged over ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,10 @@ def checkpoint_blocks(net: nn.Module) -> None:
     """Keep no activations inside residual blocks: the backward pass computes them again."""
     for module in net.modules():
         if isinstance(module, ResnetBlock):
-            module.forward = partial(recomputed, module.forward)
+            module.forward = partial(recomputed, module.forward)  # type: ignore[method-assign]
 
 
-def recomputed(forward, x: Tensor | None, stream: Stream) -> Tensor | None:  # type: ignore[no-untyped-def]
+def recomputed(forward: Callable[..., Any], x: Tensor | None, stream: Stream) -> Tensor | None:
     """Run a block under activation checkpointing; the second time with the stream as it was before the first."""
     if x is None or not torch.is_grad_enabled():
         return forward(x, stream)

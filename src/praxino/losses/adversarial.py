@@ -167,5 +167,5 @@ class Adversary(nn.Module):
     @torch.no_grad()
     def observe(self, real: Tensor, fake: Tensor) -> None:
         """Move LeCam's running means towards these mean logits, which must be the same on all ranks."""
-        self.real_mean.lerp_(real.to(self.real_mean), 1 - LECAM_DECAY)
-        self.fake_mean.lerp_(fake.to(self.fake_mean), 1 - LECAM_DECAY)
+        for mean, logit in ((self.real_mean, real), (self.fake_mean, fake)):
+            mean.lerp_(torch.where(logit.isfinite(), logit.to(mean), mean), 1 - LECAM_DECAY)
