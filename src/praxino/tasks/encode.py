@@ -6,7 +6,6 @@ Statistics are those of samples of the posterior, computed from its means and va
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,18 +128,16 @@ def encode(
     return result
 
 
-@dataclass
 class Survey:
     """What is known of the latents so far, those of the causal first frames apart."""
 
-    model: VideoVAE
-    videos: int = 0
-    frames: int = 0
+    def __init__(self, model: VideoVAE) -> None:
+        self.model, self.weight = model, next(model.parameters())
+        self.videos = self.frames = 0
+        self.first, self.rest = self.empty(), self.empty()
 
-    def __post_init__(self) -> None:
-        self.first = LatentStatistics.empty(self.model.latent_channels)
-        self.rest = LatentStatistics.empty(self.model.latent_channels)
-        self.device = next(self.model.parameters()).device
+    def empty(self) -> LatentStatistics:
+        return LatentStatistics.empty(self.model.latent_channels)
 
     @torch.inference_mode()
     def add(self, name: str, pieces: Iterable[tuple[Tensor, bool]]) -> None:
@@ -148,27 +145,26 @@ class Survey:
 
         All of them count, or none where reading them fails midway.
         """
-        first, rest = (LatentStatistics.empty(self.model.latent_channels) for _ in range(2))
-        encoder, begun, videos, frames = stream.Encoder(self.model), False, 0, 0
+        encoder, first, rest = stream.Encoder(self.model), self.empty(), self.empty()
+        videos = frames = 0
         for piece, final in pieces:
-            posterior = encoder.push(to_float(piece.to(self.device)).to(next(self.model.parameters()).dtype), final)
+            posterior = encoder.push(to_float(piece.to(self.weight.device)).to(self.weight.dtype), final)
             videos, frames = len(piece), frames + piece.shape[0] * piece.shape[1]
             if posterior is None:
                 continue
             if not posterior.moments.isfinite().all():
                 raise NonFiniteError(f"the latents of {name!a} are not finite: use precision=32, or another VAE")
-            wide = double(posterior.moments)
-            for statistics, moments in ((first, wide[:, :, : not begun]), (rest, wide[:, :, not begun :])):
+            wide, causal = double(posterior.moments), 0 if first.count else 1  # first latent frames in this piece
+            for statistics, moments in ((first, wide[:, :, :causal]), (rest, wide[:, :, causal:])):
                 part = Posterior(moments)
                 statistics.update(part.mean, part.logvar.exp(), part.kl())
-            begun = True
         self.first.merge(first)
         self.rest.merge(rest)
         self.videos, self.frames = self.videos + videos, self.frames + frames
 
     def describe(self) -> dict[str, Any]:
         """Return all figures as plain data; lists have an entry per channel."""
-        whole = LatentStatistics.empty(self.model.latent_channels).merge(self.first).merge(self.rest)
+        whole = self.empty().merge(self.first).merge(self.rest)
         parts = {"first": self.first, "rest": self.rest}
         return {
             "mean": whole.mean.tolist(),
@@ -260,7 +256,7 @@ def too_small(path: str, height: int, width: int, frames: int | None = None) -> 
 
 
 def report(result: dict[str, Any], target: Path) -> None:
-    """Print a row a channel, and name the channels that say nothing."""
+    """Print a row a channel."""
     first, channels = result["first"], len(result["mean"])
     columns = [result["mean"], result["std"], result["kl"], result["noise_share"], first["mean"], first["std"]]
     show_table(
