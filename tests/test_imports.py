@@ -25,6 +25,7 @@ ALLOWED = {
     "callbacks": {"ops", "models", "losses", "metrics", "video", "data", "lit", "stream"},
     "config": set(),
     "checkpoint": {"ops", "models", "stream"},
+    "convert": {"ops", "models"},
     "tasks": {
         "ops",
         "models",
@@ -38,6 +39,7 @@ ALLOWED = {
         "callbacks",
         "config",
         "checkpoint",
+        "convert",
     },
     "cli": {"tasks", "config"},
 }

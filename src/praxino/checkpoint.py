@@ -39,6 +39,7 @@ OFFICIAL = {cls.official_name: cls for cls in MODELS.values() if cls is not Fore
 CONFIG, SAFETENSORS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 PREFIX = "net."  # of the model in a LightningModule's state dict
+ADVERSARY = "adversary."  # of the discriminator there
 LOSS = "loss."  # of LPIPS and the discriminator in those of Open-Sora-Plan v1.0 and v1.1
 
 
@@ -207,14 +208,47 @@ def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> 
 
 def load_safetensors(path: Path) -> VideoVAE:
     """Load official weights, or the index of several files of them, beside their config.json."""
-    config = read_config(path.parent / CONFIG)
+    return build_official(path, read_config(path.parent / CONFIG), read_safetensors(path))
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file, or of all the files that an index names."""
     state: dict[str, Any] = {}
     for file in [path] if path.name != INDEX else listed_files(path):
         try:
             state |= load_file(file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: not readable as safetensors ({one_line(error)}): copy it again.") from error
-    return build_official(path, config, state)
+    return state
+
+
+def read_weights(path: str | os.PathLike[str], weights: Weights = "ema") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors of a model that need not be known here, and the config.json beside them ({} without one)."""
+    path = locate(path)
+    config = read_config(path.with_name(CONFIG)) if path.with_name(CONFIG).is_file() else {}
+    if path.suffix == ".safetensors" or path.name == INDEX:
+        return read_safetensors(path), config
+    state = official_state(path, read(path), weights)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, config
+
+
+def read_discriminator(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int]:
+    """Return the discriminator in a checkpoint under its official names, empty without one, and the step."""
+    path = locate(path)
+    if path.suffix == ".safetensors" or path.name == INDEX:
+        return {}, 0
+    content = read(path)
+    header, state = (part if isinstance(part, Mapping) else {} for part in map(content.get, ("praxino", "state_dict")))
+    steps = (header.get("step"), content.get("current_step"), content.get("global_step"))
+    places = ((state.get("dics_model"), ""), (state, ADVERSARY), (state, LOSS))
+    found = {
+        str(key).removeprefix(prefix): tensor.clone()
+        for tensors, prefix in places
+        if isinstance(tensors, Mapping)
+        for key, tensor in tensors.items()
+        if str(key).startswith(f"{prefix}discriminator.") and isinstance(tensor, Tensor)
+    }
+    return found, next((step for step in steps if isinstance(step, int)), 0)
 
 
 def listed_files(index: Path) -> list[Path]:
@@ -355,8 +389,17 @@ def save_official(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVAE | None = None, step: int = 0) -> Path:
-    """Write an official training checkpoint (without optimizers or discriminator) and config.json beside it."""
+def save_official_ckpt(
+    vae: VideoVAE,
+    path: str | os.PathLike[str],
+    ema: VideoVAE | None = None,
+    step: int = 0,
+    discriminator: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write an official training checkpoint (without optimizers) and config.json beside it.
+
+    The discriminator has its official names, as `read_discriminator` returns it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_config(vae, path.parent)
@@ -367,7 +410,7 @@ def save_official_ckpt(vae: VideoVAE, path: str | os.PathLike[str], ema: VideoVA
         "optimizer_state": {},
         "state_dict": {
             "gen_model": official_weights(vae, vae.state_dict()),
-            "dics_model": {},
+            "dics_model": dict(discriminator or {}),
         },
         "ema_state_dict": averaged,
         "scaler_state": {},

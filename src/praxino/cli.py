@@ -26,6 +26,7 @@ PATHS = {
     "reconstruct": ("vae", "input"),
     "encode": ("vae", "data.root"),
     "make_data": (),
+    "convert": ("vae", "encoder", "decoder", "config"),
 }
 
 
@@ -191,3 +192,4 @@ evaluate = command("evaluate")
 reconstruct = command("reconstruct")
 encode = command("encode")
 make_data = command("make_data")
+convert = command("convert")
