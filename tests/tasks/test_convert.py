@@ -310,9 +310,26 @@ def test_foreign_models_neither_grow_nor_keep_statistics(tmp_path: Path, caplog:
     with pytest.raises(CheckpointError, match="norm_num_groups 2"):
         convert(str(tmp_path / "a"), str(tmp_path / "b"), inflate="tail", net={"norm_type": "groupnorm"})
     convert(str(tmp_path / "a"), str(tmp_path / "c"))
+    path = convert(str(tmp_path / "a"), str(tmp_path / "d"), to="ckpt")["out"]
+    assert equal(checkpoint.load(path), checkpoint.load(tmp_path / "a"))
     first, second = (load_file(tmp_path / name / checkpoint.SAFETENSORS) for name in "ac")
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_pipeline_of_diffusers_is_inflated(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    net = diffusers.AutoencoderKL(block_out_channels=(32,) * 4, layers_per_block=1, scaling_factor=0.36, **blocks)
+    net.eval().save_pretrained(tmp_path / "pipeline" / "vae")
+    layout = {**two_dimensional(levels=4), "encoder_conv_out": "CausalConv3d", "decoder_conv_in": "CausalConv3d"}
+    vae = checkpoint.load(
+        convert(str(tmp_path / "pipeline"), str(tmp_path / "out"), inflate="average", net=layout)["out"]
+    )
+    assert (vae.config["scale"], vae.stride) == ([0.36] * 4, (1, 8, 8))
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert (vae.encode(x[:, :, None]).mean[:, :, 0] - net.encode(x).latent_dist.mean).abs().max() < 1e-5
 
 
 def test_help_needs_no_torch() -> None:
