@@ -118,7 +118,8 @@ class Conv3d(nn.Conv3d):
     Left alone, torch decides by the number of frames too, and its two kernels differ in memory, time and rounding.
     Large frames take oneDNN's: torch's own unfolds 27 copies of the input, three times the memory and the time.
     Tiny ones are computed in double: matrices of so few columns are summed in an order that changes with their
-    number, which a deep decoder would amplify to 1e-5 between a chunk and the whole. At this size it costs nothing.
+    number, which a deep decoder would amplify to 1e-5 between a chunk and the whole. Training, which has no chunks, is
+    spared the cost.
     """
 
     LARGE = 20480  # elements of a frame; torch's own limit for pictures
@@ -127,7 +128,7 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not kernel_is_chosen()
         assert isinstance(self.padding, tuple)
-        if plain and x.shape[-2] * x.shape[-1] <= self.TINY:
+        if plain and x.shape[-2] * x.shape[-1] <= self.TINY and not torch.is_grad_enabled():
             bias = None if self.bias is None else self.bias.double()
             y = F.conv3d(x.double(), self.weight.double(), bias, self.stride, self.padding)
             return y.to(torch.float32, memory_format=torch.channels_last_3d)
