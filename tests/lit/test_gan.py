@@ -92,17 +92,28 @@ def test_the_game_changes_the_generator_only_from_its_start(tmp_path):
     assert found[0][3] != found[1][3]
 
 
-def test_adaptive_weight_balances_the_gradients(tmp_path):
-    module = make_module(adversary=make_adversary(weight=0.5))
-    torch.manual_seed(0)
-    x = torch.rand(2, 3, 5, 16, 16) * 2 - 1
-    output = module.net(x)
-    terms = module.generator_loss(x, output)
-    last = module.net.last_layer
-    nll, adversarial = (
-        torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (terms["l1"], terms["adversarial"])
-    )
-    assert terms["adversarial_weight"].item() == pytest.approx(0.5 * nll.item() / adversarial.item(), rel=1e-4)
+@pytest.mark.parametrize("adaptive", ["wfvae", None])
+def test_the_generator_learns_from_the_weighted_sum(adaptive):
+    """Also where the gradients are taken at the reconstruction, and the weight balances them at the last layer."""
+    module = make_module(adversary=make_adversary(weight=0.5, adaptive=adaptive)).double()
+    x = 2 * torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    weights = list(module.net.parameters())
+
+    output = module.net(x, sample=False)
+    terms, adversarial = module.loss(x, output), module.adversary.generator_loss(output.recon)[0]
+    norms = [
+        torch.autograd.grad(term, module.net.last_layer, retain_graph=True)[0].norm()
+        for term in (terms["nll"], adversarial)
+    ]
+    weight = 0.5 * (norms[0] / (norms[1] + 1e-6) if adaptive else 1.0)
+    loss = terms["loss"] + weight * adversarial
+    expected = torch.autograd.grad(loss, weights)
+
+    objective, values = module.generator_loss(x, module.net(x, sample=False))
+    assert values["adversarial_weight"].item() == pytest.approx(float(weight), rel=1e-9)
+    assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-9)
+    for found, gradient in zip(torch.autograd.grad(objective, weights), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_lecam_remembers_the_logits(tmp_path):

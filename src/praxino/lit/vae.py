@@ -115,8 +115,8 @@ class VAEModule(StepModule):
             output = self.net(x, sample=self.sample_posterior)
         values: dict[str, Tensor] = {}
         if "" in turn:
-            values = self.generator_loss(x, output)
-            self.manual_backward(share * values["loss"])
+            objective, values = self.generator_loss(x, output)
+            self.manual_backward(share * objective)
         if JUDGE in turn and self.adversary is not None:
             update = self.passes if self.adversary.alternate else None
             judged = self.adversary.discriminator_loss(x, output.recon, self.step, update)
@@ -128,21 +128,25 @@ class VAEModule(StepModule):
             values |= {f"{JUDGE}{name}": value for name, value in judged.items()}
         return {**values, "psnr": psnr(x, output.recon.detach()).mean()}
 
-    def generator_loss(self, x: Tensor, output: Output) -> dict[str, Tensor]:
-        """Return "loss", which the network minimises, and what it is made of."""
+    def generator_loss(self, x: Tensor, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what has the gradients of the network's loss, and the values to log: "loss" and what it is made of."""
         terms = self.loss(x, output)
-        nll = terms.pop("nll")
-        if self.adversary is not None and (factor := self.adversary.factor(self.step)) > 0:
-            with frozen(self.adversary):
-                adversarial, _ = self.adversary.generator_loss(output.recon)
-            gradients = []
-            if self.adversary.adaptive is not None:  # the same on all ranks, as of their joint batch
-                gradients = [grad(term, self.net.last_layer, retain_graph=True)[0] for term in (nll, adversarial)]
-                average(gradients)
-            weight = factor * self.adversary.weigh(*gradients)
-            terms["loss"] = terms["loss"] + weight * adversarial
-            terms |= {"adversarial": adversarial, "adversarial_weight": weight}
-        return terms
+        nll, rest = terms.pop("nll"), terms.pop("rest")
+        if self.adversary is None or (factor := self.adversary.factor(self.step)) == 0:
+            return terms["loss"], terms
+        with frozen(self.adversary):
+            adversarial, _ = self.adversary.generator_loss(output.recon)
+        # Both gradients are taken at the reconstruction once; from there they go to the last layer, where they are
+        # weighed, as of the joint batch of all ranks, and together through the network.
+        pulls = [grad(term, output.recon)[0] for term in (nll, adversarial)]
+        weighed = []
+        if self.adversary.adaptive is not None:
+            weighed = [grad(output.recon, self.net.last_layer, pull, retain_graph=True)[0] for pull in pulls]
+            average(weighed)
+        weight = factor * self.adversary.weigh(*weighed)
+        objective = (output.recon * (pulls[0] + weight.to(pulls[1]) * pulls[1])).sum() + rest
+        loss = (terms["loss"] + weight * adversarial).detach()
+        return objective, terms | {"loss": loss, "adversarial": adversarial, "adversarial_weight": weight}
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -163,7 +167,7 @@ class VAEModule(StepModule):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, index))
             output = self.eval_net(x, sample=self.sample_posterior, generator=generator)
             row = {"psnr": psnr(x, output.recon)[0], **self.loss(x, output), "latent_std": output.posterior.mean.std()}
-            del row["nll"]
+            del row["nll"], row["rest"]
             if min(x.shape[-2:]) >= WINDOW:
                 row["ssim"] = ssim(x, output.recon)[0]
             if self.val_lpips is not None and min(x.shape[-2:]) >= self.val_lpips.smallest:

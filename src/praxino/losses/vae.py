@@ -69,9 +69,9 @@ class VAELoss(nn.Module):
             self.weights["perceptual"] = 0.0
 
     def forward(self, x: Tensor, output: Reconstruction) -> dict[str, Tensor]:
-        """Return the weighted sum "loss", its part "nll" that judges the reconstruction, and every term unweighted.
+        """Return the weighted sum "loss", its parts "nll", which judges the reconstruction, and "rest", and every term.
 
-        Video `x` and `output.recon` are `(B, C, T, H, W)` in [-1, 1]; all values are scalars.
+        Video `x` and `output.recon` are `(B, C, T, H, W)` in [-1, 1]; all values are scalars, the terms unweighted.
         """
         means = {name: self.term(name, x, output) for name, weight in self.weights.items() if weight}
         sizes = self.sizes(x, output)
@@ -80,8 +80,8 @@ class VAELoss(nn.Module):
             weighted["kl"] = self.weights["kl"] * sizes["kl"] * self.kl_above_free_bits(output.posterior)
         nll = torch.stack([value for name, value in weighted.items() if name in RECONSTRUCTION]).sum()
         nll = nll / math.exp(self.logvar) + sizes["l1"] * self.logvar
-        rest = [value for name, value in weighted.items() if name not in RECONSTRUCTION]
-        return {"loss": torch.stack([nll, *rest]).sum(), "nll": nll, **means}
+        rest = sum((value for name, value in weighted.items() if name not in RECONSTRUCTION), start=nll.new_zeros(()))
+        return {"loss": nll + rest, "nll": nll, "rest": rest, **means}
 
     def term(self, name: str, x: Tensor, output: Reconstruction) -> Tensor:
         """Return one unweighted term, a mean."""
