@@ -32,6 +32,13 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+def alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+
+
 def test_sigterm_saves_and_exits_with_75(tmp_path):
     run = start(tmp_path)
     run.send_signal(signal.SIGTERM)
@@ -64,4 +71,7 @@ def test_two_ranks_leave_together(tmp_path, kind):
     assert run.wait(timeout=60) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
-    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()
+    deadline = time.monotonic() + 20
+    while alive(child) and time.monotonic() < deadline:  # it may still be on its way out
+        time.sleep(0.1)
+    assert not alive(child)
