@@ -72,7 +72,9 @@ def load(
 
 def pretrained(path: str) -> VideoVAE:
     """Load a model to train it further, as `model.net` of a configuration."""
-    return load(path).train()
+    vae = load(path).train()
+    vae.pretrained = True
+    return vae
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -196,6 +198,8 @@ def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> 
     candidates = [state.get("gen_model"), state] if isinstance(state, Mapping) else []
     if weights == "ema":
         candidates.insert(0, content.get("ema_state_dict"))
+        if not candidates[0]:
+            log.info("%s: no moving average, the raw weights are taken", path)
     for candidate in candidates:
         if isinstance(candidate, Mapping) and candidate:
             named = {str(key).removeprefix("module."): value for key, value in candidate.items()}

@@ -19,7 +19,6 @@ from praxino.models.vae import VideoVAE
 
 Half = Literal["encoder", "decoder"]
 Inflation = Literal["tail", "average"]
-HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 FREE = ("scale", "shift", "dropout")  # what two models of one architecture may differ in
 IN_TIME = re.compile(r"\.time_(down|up)sample\.")  # layers without a counterpart in a model of pictures
 STAGE = "first_stage_model."  # of the autoencoder in a file of latent diffusion
@@ -62,8 +61,7 @@ def merge(vae: VideoVAE, donor: VideoVAE, half: Half) -> VideoVAE:
                 "give a model of the same architecture"
             )
     merged = copy.deepcopy(vae)
-    prefixes = tuple(vae.official_prefix + name for name in HALVES[half])
-    merged.load_state_dict({**vae.state_dict(), **parts(donor.state_dict(), prefixes)}, assign=True)
+    merged.load_state_dict({**vae.state_dict(), **parts(donor.state_dict(), vae.prefixes(half))}, assign=True)
     if half == "encoder":
         merged.statistics = copy.deepcopy(donor.statistics)
         merged.config |= {key: donor.config[key] for key in ("scale", "shift") if key in donor.config}

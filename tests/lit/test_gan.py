@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from praxino.errors import CheckpointError, ConfigError
-from training import Data, load, make_adversary, make_module, rows, train
+from praxino.losses.vae import VAELoss
+from praxino.models.causalvae import CausalVAE
+from training import Data, load, make_adversary, make_module, make_net, rows, train
 
 
 def sgd(lr: float) -> partial:
@@ -135,6 +137,49 @@ def test_frozen_parts_stay(tmp_path, parts):
 def test_wrong_parts_to_freeze(parts, message):
     with pytest.raises(ConfigError, match=message):
         make_module(freeze=parts)
+
+
+def test_a_frozen_last_layer_cannot_weigh_the_adversary():
+    with pytest.raises(ConfigError, match=r"use model\.adversary\.adaptive=null"):
+        make_module(freeze=["decoder"], adversary=make_adversary())
+    make_module(freeze=["decoder"], adversary=make_adversary(adaptive=None))
+
+
+def test_the_encoder_is_frozen_with_the_layer_beside_the_latents():
+    net = CausalVAE(hidden_size=8, hidden_size_mult=[1, 1, 1, 1], num_res_blocks=1, norm_type="layernorm")
+    make_module(net=net, loss=VAELoss(wavelet=0.0), freeze=["encoder"])
+    frozen = {name.partition(".")[0] for name, p in net.named_parameters() if not p.requires_grad}
+    trained = {name.partition(".")[0] for name, p in net.named_parameters() if p.requires_grad}
+    assert (frozen, trained) == ({"encoder", "quant_conv"}, {"decoder", "post_quant_conv"})
+
+
+def test_the_wavelet_loss_needs_wavelets():
+    net = CausalVAE(hidden_size=8, hidden_size_mult=[1, 1, 1, 1], num_res_blocks=1, norm_type="layernorm")
+    with pytest.raises(ConfigError, match=r"use model=causalvae .* or model\.loss\.wavelet=0"):
+        make_module(net=net)
+
+
+def test_a_pretrained_network_is_not_drawn_anew():
+    net = make_net()
+    net.pretrained = True
+    with pytest.raises(ConfigError, match="use init=default"):
+        make_module(net=net, init="fan_in")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optimizer": sgd(0.1)},
+        {"decay": "matrices"},
+        {"freeze": ["encoder"]},
+        {"adversary_optimizer": sgd(0.1)},
+    ],
+)
+def test_state_of_another_optimizer_is_refused(tmp_path, other):
+    train(tmp_path, steps=1, module=make_module(adversary=make_adversary()))
+    path = tmp_path / "checkpoints" / "step-00000001.ckpt"
+    with pytest.raises(CheckpointError, match="of another optimizer"):
+        train(tmp_path, steps=2, module=make_module(adversary=make_adversary(), **other), resume=path)
 
 
 @pytest.mark.parametrize("adversary", [False, True])

@@ -197,7 +197,9 @@ def test_group_norm_is_encoded_in_one_piece(videos: Path, tmp_path: Path) -> Non
     vae = WFVAE(**TINY | flows | {"base_channels": 32, "norm_type": "groupnorm"}).eval()
     checkpoint.save_official(vae, tmp_path / "vae")
     vae = praxino.load(tmp_path / "vae")
-    result = measured(tmp_path / "vae", videos, tmp_path / "out", frames=None, size=None, chunk=1)
+    with pytest.raises(ConfigError, match="chunk=1: this model cannot stream"):
+        measured(tmp_path / "vae", videos, tmp_path / "out", frames=None, size=None, chunk=1)
+    result = measured(tmp_path / "vae", videos, tmp_path / "out", frames=None, size=None)
     np.testing.assert_allclose(result["mean"], moments(vae, videos, None)[0].mean(0), atol=1e-6)
 
 

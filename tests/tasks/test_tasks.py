@@ -118,7 +118,7 @@ def test_make_data_refuses_what_it_cannot_write(tmp_path: Path) -> None:
 
 def test_resume_names_what_it_cannot_go_on_with(finished: Path, settings: list[str], tmp_path: Path) -> None:
     newest = finished / "checkpoints" / "step-00000004.ckpt"
-    with pytest.raises(ConfigError, match=r"does not fit model\.net: .* of .* tensors differ"):
+    with pytest.raises(ConfigError, match=r"does not fit the model: .* of .* tensors differ"):
         trained(tmp_path / "a", *settings, f"ckpt={newest}", "model.net.base_channels=16")
     official = save_official_ckpt(praxino.load(finished), tmp_path / "official" / "vae.ckpt")
     with pytest.raises(CheckpointError, match=r"weights=.* begins with its weights"):
@@ -295,5 +295,7 @@ def test_an_experiment_without_data_makes_its_own(tmp_path: Path) -> None:
 
 def test_group_norm_is_reconstructed_in_one_piece(videos: Path, tmp_path: Path) -> None:
     checkpoint.save_official(WFVAE(latent_dim=4, base_channels=32, norm_type="groupnorm"), tmp_path / "vae")
-    result = reconstruct(vae=str(tmp_path / "vae"), input=str(videos), out=str(tmp_path / "out"), frames=5, limit=1)
-    assert result["frames"] == 5
+    settings = {"vae": str(tmp_path / "vae"), "input": str(videos), "out": str(tmp_path / "out"), "frames": 5}
+    with pytest.raises(ConfigError, match=r"chunk=2: this model cannot stream: .* tile_frames=N"):
+        reconstruct(**settings, chunk=2)
+    assert reconstruct(**settings, limit=1)["frames"] == 5

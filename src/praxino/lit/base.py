@@ -112,14 +112,17 @@ class StepModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build an optimizer and a schedule for each set of weights."""
+        optimizers = self._make_optimizers()
+        return optimizers, [] if self.make_scheduler is None else [self.make_scheduler(o) for o in optimizers]
+
+    def _make_optimizers(self) -> list[Optimizer]:
         try:
-            optimizers = [
+            return [
                 self.optimizer_of(prefix)(parameter_groups(weights, self.decay))
                 for prefix, weights in self.learners().items()
             ]
         except ValueError as error:  # torch checks the ranges: a negative learning rate, betas outside of [0, 1)
             raise ConfigError(f"model.optimizer: {error}") from error
-        return optimizers, [] if self.make_scheduler is None else [self.make_scheduler(o) for o in optimizers]
 
     def on_fit_start(self) -> None:
         """Compile in place."""
@@ -147,6 +150,13 @@ class StepModule(pl.LightningModule):
                     f"the checkpoint holds {len(checkpoint.get(key, ()))} {key}, this run has {count}: "
                     "resume with the configuration of its run, or take the weights alone with weights=PATH"
                 )
+        fresh = [optimizer.state_dict()["param_groups"] for optimizer in self._make_optimizers()]
+        stored = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+        if [layout(groups) for groups in fresh] != [layout(groups) for groups in stored]:
+            raise CheckpointError(
+                "the checkpoint is of another optimizer, or of other groups of weights (optimizer, decay, freeze): "
+                "resume with the configuration of its run, or take the weights alone with weights=PATH"
+            )
         for name in COUNTERS:
             setattr(self, name, checkpoint["train"].get(name, 0))
 
@@ -257,3 +267,8 @@ class StepModule(pl.LightningModule):
         self.latest |= metrics
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **metrics}, step=self.step)
+
+
+def layout(groups: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:
+    """Return how many weights each group of an optimizer's state has, and which options (a schedule adds one)."""
+    return [(len(group["params"]), sorted(group.keys() - {"initial_lr"})) for group in groups]

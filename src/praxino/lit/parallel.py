@@ -12,18 +12,19 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.checkpoint import checkpoint
 
 from praxino.errors import ConfigError
+from praxino.models.vae import VideoVAE
 from praxino.ops.blocks import ResnetBlock
 from praxino.ops.causal import Stream
 
 
-def freeze_parts(net: nn.Module, names: Sequence[str]) -> None:
-    """Stop the training of all weights whose names begin with one of these, such as `encoder` or `decoder.mid`."""
+def freeze_parts(net: VideoVAE, names: Sequence[str]) -> None:
+    """Stop the training of a half, `encoder` or `decoder`, or of weights by the beginning of their names."""
     parameters = dict(net.named_parameters())
     for name in names:
-        found = [p for key, p in parameters.items() if key == name or key.startswith(f"{name}.")]
+        found = [p for key, p in parameters.items() if key == name or key.startswith(net.prefixes(name))]
         if not found:
-            parts = sorted({key.partition(".")[0] for key in parameters})
-            raise ConfigError(f"freeze: {name} names no weights: use the beginning of a name, e.g. {', '.join(parts)}")
+            near = f"encoder, decoder, or the beginning of a name such as {next(iter(parameters))}"
+            raise ConfigError(f"freeze: {name} names no weights: use {near}")
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
@@ -57,9 +58,11 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def checkpoint_blocks(net: nn.Module) -> None:
     """Keep no activations inside residual blocks: the backward pass computes them again."""
-    for module in net.modules():
-        if isinstance(module, ResnetBlock):
-            module.forward = partial(recomputed, module.forward)  # type: ignore[method-assign]
+    blocks = [module for module in net.modules() if isinstance(module, ResnetBlock)]
+    if not blocks:
+        raise ConfigError("checkpoint_activations: this network has no residual blocks of ours: leave it off")
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward)  # type: ignore[method-assign]
 
 
 def recomputed(forward: Callable[..., Any], x: Tensor | None, stream: Stream) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.autograd import grad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from praxino.errors import ConfigError
 from praxino.lit.base import StepModule
 from praxino.lit.optim import seed_of
 from praxino.lit.parallel import average, checkpoint_blocks, freeze_parts, frozen
@@ -70,8 +71,20 @@ class VAEModule(StepModule):
         self.make_adversary_optimizer = adversary_optimizer or optimizer
         self.sample_posterior, self.channels_last = sample_posterior, channels_last
         if init != "default":
+            if net.pretrained:
+                raise ConfigError(f"init={init} would draw the weights of a pretrained network anew: use init=default")
             net.initialize(init)
         freeze_parts(net, freeze)
+        if loss.weights["wavelet"] and not net.has_coefficients:
+            raise ConfigError(
+                f"loss.wavelet={loss.weights['wavelet']} needs a network with wavelet coefficients: "
+                "use model=causalvae (or foreign) for this one, or model.loss.wavelet=0"
+            )
+        if adversary is not None and adversary.adaptive is not None and not net.last_layer.requires_grad:
+            raise ConfigError(
+                "freeze: the adversary's adaptive weight is measured at the decoder's last layer, which is frozen: "
+                "use model.adversary.adaptive=null"
+            )
         if channels_last:
             net.channels_last()
         if checkpoint_activations:

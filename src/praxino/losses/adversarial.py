@@ -75,7 +75,6 @@ class Adversary(nn.Module):
         start: the step at which the game begins; the discriminator's own loss is 0 before it, too.
         warmup: steps over which `factor` rises to 1 from there.
         alternate: for the training step: the players take turns, as in the published code; else both use every batch.
-        alternate: let the players learn in turns, a batch each, as the published code; False: both on every batch.
         lecam: weight of the LeCam regularisation, e.g. 0.001.
         r1: weight of the gradient penalty on real videos, e.g. 10; halved, as usual.
         r1_every: updates from one penalty to the next, which counts as many times.

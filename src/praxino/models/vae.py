@@ -15,6 +15,7 @@ from praxino.ops.causal import Stream
 from praxino.ops.norm import GroupNorm
 
 FORMAT = 1  # of the "praxino" block in a checkpoint
+HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class VideoVAE(nn.Module, ABC):
     latent_channels: int
     official_name: str
     official_prefix = ""  # what names of weights have here in front of the official ones
+    has_coefficients = False  # whether encoder and decoder bring out wavelet coefficients to be compared
     unused_keys: tuple[str, ...] = ()  # of official configs, beside those with an underscore: kept in `extra`
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -90,6 +92,7 @@ class VideoVAE(nn.Module, ABC):
         self.config = config
         self.extra: dict[str, Any] = {}
         self.statistics: dict[str, list[float]] | None = None
+        self.pretrained = False  # it holds weights that an initialisation must not overwrite
 
     # The model proper: one push through the encoder or the decoder, which are all a subclass must have.
 
@@ -200,6 +203,10 @@ class VideoVAE(nn.Module, ABC):
             raise ValueError(f"a {what} of shape {tuple(shape)} does not fit: use (B, {channels}, T, H, W).")
 
     # Weights.
+
+    def prefixes(self, part: str) -> tuple[str, ...]:
+        """Return how the names of a part's weights begin; the halves include the layers beside the latents."""
+        return tuple(self.official_prefix + name for name in HALVES[part]) if part in HALVES else (f"{part}.",)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters in the order of the official optimizer: the decoder's, then the encoder's."""

@@ -190,6 +190,7 @@ class WFVAE(VideoVAE):
     """WF-VAE, 4x8x8 or 8x8x8 (both blocks and wavelets of level 1 in space and time)."""
 
     official_name = "WFVAEModel"
+    has_coefficients = True
 
     def __init__(
         self,

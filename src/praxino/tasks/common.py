@@ -145,6 +145,12 @@ def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"psnr": (scores := psnr(x, y)), "ssim": ssim(x, y) if fits else torch.full_like(scores, math.nan)}
 
 
+def check_chunk(net: VideoVAE, chunk: int | None, remedy: str = "") -> None:
+    """Refuse chunks for a model that only takes whole videos, rather than not to use them."""
+    if chunk is not None and not net.streamable:
+        raise ConfigError(f"chunk={chunk}: this model cannot stream: leave chunk out (the whole video at once){remedy}")
+
+
 def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
     """Put None, which JSON knows, in the place of NaN."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}

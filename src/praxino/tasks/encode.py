@@ -24,6 +24,7 @@ from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import (
     Precision,
     at_least,
+    check_chunk,
     check_clip,
     load_clips,
     make_directory,
@@ -95,6 +96,7 @@ def encode(
     file, root = checkpoint.locate(vae), data["root"]
     chosen = pick_device(device)
     model = checkpoint.load(file, weights=weights, device=chosen)
+    check_chunk(model, chunk)
     check_clip(model, frames or model.frame_rule[0], size)
     target = make_directory(out)
     place = place_of(file, model, target)

@@ -23,6 +23,7 @@ from praxino.models.vae import VideoVAE
 from praxino.tasks.common import (
     Precision,
     at_least,
+    check_chunk,
     make_directory,
     make_resize,
     mean_of,
@@ -97,6 +98,8 @@ def reconstruct(
         raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
     target = make_directory(target)
     model = checkpoint.load(vae, weights=weights, device=chosen)
+    if tile_frames is None:
+        check_chunk(model, chunk, " or use tile_frames=N (tiles of time, lossy)")
     tiles = make_tiles(model, tile, overlap, tile_frames)
     root, sources, rejected = find_sources(root, images, cache_dir)
     sources = sources[:limit]

@@ -25,6 +25,7 @@ from praxino.config import check, instantiate, plain, redacted, report, type_err
 from praxino.data.module import SyntheticData
 from praxino.data.pool import cores
 from praxino.errors import CheckpointError, ConfigError
+from praxino.lit.vae import VAEModule
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import check_clip, describe_run, make_directory
 
@@ -65,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.weights is not None:
         load_weights(model.net, cfg.weights)
     if resume is not None:
-        check_resume(model.net, resume)
+        check_resume(model, resume)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
@@ -136,16 +137,15 @@ def resume_from(ckpt: str | None, out: Path) -> Path | None:
     return path
 
 
-def check_resume(net: VideoVAE, path: Path) -> None:
+def check_resume(model: VAEModule, path: Path) -> None:
     """Make sure that a checkpoint is one of a training, and of this model."""
     content = checkpoint.read(path)
     if "praxino" not in content or "loops" not in content:
         raise CheckpointError(f"{path}: holds no training to go on with; weights={path} begins with its weights")
-    prefix, target = checkpoint.PREFIX, net.state_dict()
-    state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}
-    if differing := differing_keys(target, state):
+    target = model.state_dict()
+    if differing := differing_keys(target, content["state_dict"]):
         raise ConfigError(
-            f"ckpt={path} does not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. "
+            f"ckpt={path} does not fit the model: {len(differing)} of {len(target)} tensors differ, e.g. "
             f"{', '.join(differing[:3])}; resume with the model of {path.parent.parent / 'config.yaml'}"
         )
 
