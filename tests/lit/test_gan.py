@@ -102,7 +102,7 @@ def test_the_generator_learns_from_the_weighted_sum(adaptive):
     weights = list(module.net.parameters())
 
     output = module.net(x, sample=False)
-    terms, adversarial = module.loss(x, output), module.adversary.generator_loss(output.recon)[0]
+    terms, adversarial = module.loss(x, output), module.adversary.generator_loss(output.recon)
     norms = [
         torch.autograd.grad(term, module.net.last_layer, retain_graph=True)[0].norm()
         for term in (terms["nll"], adversarial)

@@ -16,6 +16,7 @@ from praxino.checkpoint import describe, save_official
 from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import make_dataset
 from praxino.errors import CheckpointError, ConfigError
+from praxino.lit.parallel import checkpoint_blocks
 from praxino.models.foreign import FAMILIES, ForeignVAE
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.reconstruct import reconstruct
@@ -492,6 +493,23 @@ def test_dtype_moves(name: str, saved: dict[str, Path]) -> None:
     assert y.dtype == dtype
     assert y.shape == x.shape
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "2d"])
+def test_recomputed_activations_change_no_gradient(name: str, saved: dict[str, Path]) -> None:
+    x, gradients = video(5), []
+    for recompute in (False, True):
+        vae = praxino.load(saved[name]).train()
+        if recompute:
+            checkpoint_blocks(vae)
+        vae(x, sample=False).recon.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+def test_activations_that_cannot_be_recomputed(saved: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="AutoencoderKLWan of diffusers cannot: leave it off"):
+        checkpoint_blocks(praxino.load(saved["wan"]))
 
 
 def trained(out: Path, *overrides: str) -> dict[str, float]:

@@ -100,6 +100,12 @@ class StepModule(pl.LightningModule):
         """Return what makes the optimizer of one set of weights."""
         return self.make_optimizer
 
+    def logs(self, turn: tuple[str, ...]) -> bool:
+        """Tell whether the step that is being made will be logged."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = self.step + ("" in turn)
+        return bool(every) and (step == 1 or step % every == 0)
+
     # ------------------------------------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
@@ -201,11 +207,11 @@ class StepModule(pl.LightningModule):
             shared: dict[str, float] = {}
             for prefix, norm in norms.items():
                 shared |= {f"{prefix}grad_norm": float(norm), f"{prefix}lr": self._step_one(prefix, norm)}
+            logs = self.logs(turn)
             self.step += "" in turn
             self.passes += "" not in turn
             self.bad_steps = 0
-            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if every and (self.step == 1 or self.step % every == 0):
+            if logs:
                 average([values])
                 row = dict(zip(names, values.tolist(), strict=True)) | shared | {"skipped": self.skipped}
                 self._report({f"train/{name}": value for name, value in row.items()} | self.gauges)

@@ -12,6 +12,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.checkpoint import checkpoint
 
 from praxino.errors import ConfigError
+from praxino.models.foreign import ForeignVAE
 from praxino.models.vae import VideoVAE
 from praxino.ops.blocks import ResnetBlock
 from praxino.ops.causal import Stream
@@ -58,6 +59,8 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def checkpoint_blocks(net: nn.Module) -> None:
     """Keep no activations inside residual blocks: the backward pass computes them again."""
+    if isinstance(net, ForeignVAE):
+        return net.checkpoint_activations()
     blocks = [module for module in net.modules() if isinstance(module, ResnetBlock)]
     if not blocks:
         raise ConfigError("checkpoint_activations: this network has no residual blocks of ours: leave it off")

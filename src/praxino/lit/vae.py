@@ -1,5 +1,6 @@
 """The training of a video autoencoder, with an adversary or without."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -95,6 +96,18 @@ class VAEModule(StepModule):
         self.validated = -1  # step of the last validation
         self._rows: dict[int, dict[str, float]] = {}  # validation: sample index -> values
 
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        return self.net.stride
+
+    def check_video(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless network and losses take videos of this shape."""
+        self.net.check_video(shape)
+        if self.loss.lpips is not None:
+            self.loss.lpips.check_size(*shape[-2:])
+        if self.adversary is not None:
+            copy.deepcopy(self.adversary.discriminator).to("meta")(torch.empty(tuple(shape), device="meta"))
+
     # ------------------------------------------------------------------------------------------------ training
 
     def learners(self) -> dict[str, list[nn.Parameter]]:
@@ -139,7 +152,9 @@ class VAEModule(StepModule):
                 average([logits])
                 self.adversary.observe(*logits)
             values |= {f"{JUDGE}{name}": value for name, value in judged.items()}
-        return {**values, "psnr": psnr(x, output.recon.detach()).mean()}
+        if self.logs(turn):
+            values |= {"psnr": psnr(x, output.recon.detach()).mean()}
+        return values
 
     def generator_loss(self, x: Tensor, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what has the gradients of the network's loss, and the values to log: "loss" and what it is made of."""
@@ -148,7 +163,7 @@ class VAEModule(StepModule):
         if self.adversary is None or (factor := self.adversary.factor(self.step)) == 0:
             return terms["loss"], terms
         with frozen(self.adversary):
-            adversarial, _ = self.adversary.generator_loss(output.recon)
+            adversarial = self.adversary.generator_loss(output.recon)
         # Both gradients are taken at the reconstruction once; from there they go to the last layer, where they are
         # weighed, as of the joint batch of all ranks, and together through the network.
         pulls = [grad(term, output.recon)[0] for term in (nll, adversarial)]

@@ -119,10 +119,9 @@ class Adversary(nn.Module):
             return 0.0
         return min((step - self.start + 1) / max(self.warmup, 1), 1.0)
 
-    def generator_loss(self, recon: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the generator's loss, unweighted, and the logits; the caller freezes the discriminator."""
-        logits = self.discriminator(recon)
-        return GENERATOR[self.loss](logits), logits
+    def generator_loss(self, recon: Tensor) -> Tensor:
+        """Return the generator's loss, unweighted; the caller freezes the discriminator."""
+        return GENERATOR[self.loss](self.discriminator(recon))
 
     def weigh(self, nll_gradient: Tensor | None = None, adversarial_gradient: Tensor | None = None) -> Tensor:
         """Return the weight of the generator's loss; gradients at the last layer, needed where it is adaptive.

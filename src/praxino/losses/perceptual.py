@@ -66,11 +66,7 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape or x.ndim != 5 or x.shape[1] != 3:
             raise ValueError(f"videos of {tuple(x.shape)} and {tuple(y.shape)} do not fit: use (B, 3, T, H, W) twice.")
-        if min(x.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"frames of {x.shape[-2]}x{x.shape[-1]} are too small for LPIPS with {self.kind}: "
-                f"use {self.smallest} pixels or more{', or vgg (16)' if self.kind != 'vgg' else ''}."
-            )
+        self.check_size(*x.shape[-2:])
         dtype = next(self.net.parameters()).dtype
         a, b = (video.transpose(1, 2).flatten(0, 1).to(dtype) for video in (x, y))  # (B T, 3, H, W)
         distances = [
@@ -78,6 +74,14 @@ class LPIPS(nn.Module):
             for p, q in zip(a.split(self.chunk), b.split(self.chunk), strict=True)
         ]
         return torch.cat(distances).view(x.shape[0], x.shape[2])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError unless frames are large enough."""
+        if min(height, width) < self.smallest:
+            raise ValueError(
+                f"frames of {height}x{width} are too small for LPIPS with {self.kind}: "
+                f"use {self.smallest} pixels or more{', or vgg (16)' if self.kind != 'vgg' else ''}."
+            )
 
     def frames(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distances of frames `(N, 3, H, W)`, `(N,)`."""

@@ -3,6 +3,7 @@
 Their batch norm takes its statistics over all ranks, on a CPU as well as on a GPU, and can be differentiated twice.
 """
 
+from abc import ABC, abstractmethod
 from math import gcd
 from typing import Literal
 
@@ -65,7 +66,7 @@ class JointBatchNorm3d(JointBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` over all ranks."""
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Module, ABC):
     """What both discriminators share: convolutions, each but the first and the last with a norm."""
 
     conv: type[nn.Conv2d] | type[nn.Conv3d]
@@ -92,9 +93,9 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*parts, self.convolution(widths[-1], 1, layers + 1))
         self.initialize()
 
+    @abstractmethod
     def stride(self, n: int) -> int | tuple[int, int, int]:
         """Return the stride of the n-th convolution."""
-        raise NotImplementedError
 
     def convolution(self, channels: int, out: int, n: int, bias: bool = True) -> nn.Module:
         """Build the n-th convolution."""

@@ -211,6 +211,12 @@ class ForeignVAE(VideoVAE):
     def streamable(self) -> bool:
         return self.family.streamable
 
+    def checkpoint_activations(self) -> None:
+        """Compute blocks again in the backward pass, where diffusers' class can; raises ConfigError where not."""
+        if not getattr(self.model, "_supports_gradient_checkpointing", False):
+            raise ConfigError(f"checkpoint_activations: {self.official_name} of diffusers cannot: leave it off")
+        self.model.enable_gradient_checkpointing()
+
     def push_encoder(self, x: Tensor | None, stream: Stream) -> Piece:
         return self.push(self.family.encode, x, stream)
 

@@ -25,6 +25,7 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, StorageError
+from praxino.lit.vae import VAEModule
 from praxino.metrics.image import WINDOW, psnr, ssim
 from praxino.models.vae import VideoVAE
 
@@ -113,11 +114,11 @@ def make_resize(size: Size) -> Resize:
         raise ConfigError(str(error)) from error
 
 
-def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
+def check_clip(net: VideoVAE | VAEModule, frames: int, size: Any, batch: int = 1) -> None:
     """Make sure that clips of the data fit the model."""
     height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
     try:
-        net.check_video((1, 3, frames, height, width))
+        net.check_video((batch, 3, frames, height, width))
     except ValueError as error:
         raise ConfigError(f"frames={frames} size={size}: {error}") from error
 

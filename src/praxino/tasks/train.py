@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     data = instantiate(cfg.data)
     model = instantiate(cfg.model)
-    check_clip(model.net, cfg.frames, plain(cfg.size))
+    check_clip(model.net if cfg.size is None else model, cfg.frames, plain(cfg.size), cfg.batch)
     if cfg.weights is not None:
         load_weights(model.net, cfg.weights)
     if resume is not None:
