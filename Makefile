@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 # data of the demo: a folder of videos; empty: moving shapes made on the spot
 DATA ?=
 DEMO ?= demo
+# a file of tests a core
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help install demo test test-slow lint format type build lock clean
 
@@ -43,10 +45,10 @@ endif
 	@echo "Look at $(DEMO)/reconstructions/side_by_side, $(DEMO)/run/media and $(DEMO)/evaluation/metrics.csv"
 
 test: install  ## run the test suite without the slow tests
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: install  ## run the slow tests
-	$(RUN)/python -m pytest -m slow
+	$(RUN)/python -m pytest -m slow $(PARALLEL)
 
 lint: install  ## check style, formatting and types
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
