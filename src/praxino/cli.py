@@ -147,6 +147,9 @@ def explain(error: Exception, name: str) -> str:
             return f"{key}: no such group{nearest(key, groups())}"
         full = getattr(cause, "full_key", None) or key
         return f"{full}: unknown key{nearest_key(full, name)}"
+    if "Config group override must be" in text:
+        empty = [group for group in groups() if f"{group}=null" in sys.argv]
+        return f"{empty[0] if empty else 'a group'}=null: a group takes the name of a choice; '~GROUP' leaves it out"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return "\n".join(text.splitlines()[:3])
