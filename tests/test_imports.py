@@ -22,9 +22,11 @@ ALLOWED = {
     "stream": {"ops", "models", "tiling"},
     "data": {"video"},
     "lit": {"ops", "models", "diffusion", "losses", "metrics", "video", "stream"},
-    "callbacks": {"ops", "models", "losses", "metrics", "video", "data", "lit", "stream"},
+    "shards": set(),
+    "callbacks": {"ops", "models", "losses", "metrics", "video", "data", "lit", "stream", "shards"},
     "config": set(),
-    "checkpoint": {"ops", "models", "stream"},
+    "checkpoint": {"ops", "models", "stream", "shards", "diffusion", "official"},
+    "official": {"ops", "models"},
     "convert": {"ops", "models"},
     "tasks": {
         "ops",
@@ -40,6 +42,9 @@ ALLOWED = {
         "config",
         "checkpoint",
         "convert",
+        "official",
+        "diffusion",
+        "shards",
     },
     "cli": {"tasks", "config"},
 }
@@ -51,6 +56,8 @@ LIBRARIES = {
     "omegaconf": {"config", "tasks", "cli"},
     "wandb": {"callbacks/media"},
     "lpips": {"losses/perceptual", "metrics"},
+    "matplotlib": {"tasks/plot"},
+    "transformers": {"tasks/embed_text"},
     "torchmetrics": {"losses/perceptual", "metrics", "lit"},
 }
 # parts that neither log nor touch files, and lit, which leaves files to the callbacks

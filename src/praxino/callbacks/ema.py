@@ -1,6 +1,5 @@
 """An exponential moving average of the weights, kept beside them."""
 
-import copy
 import logging
 from typing import Any
 
@@ -9,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from praxino.errors import ConfigError
+from praxino.lit.fsdp import load_weights
+from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
 
 
 class EMA(pl.Callback):
     """Average the weights of `pl_module.net` into a frozen copy, `pl_module.ema_net`, which validation uses.
+
+    Of a network in shards the copy lies in the same shards, and each rank averages its own.
 
     The copy lies outside of the module tree: it is never trained, wrapped or swapped in place. A checkpoint holds it as
     `ema`: `{"decay", "updates", "weights"}`. The module must have `net` and the counter `step`.
@@ -35,9 +38,9 @@ class EMA(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Copy the network, or take the average of the checkpoint."""
-        net = copy.deepcopy(pl_module.net).requires_grad_(False).eval()
+        net = pl_module.copy_net().requires_grad_(False).eval()
         if self._loaded is not None:
-            net.load_state_dict(self._loaded["weights"])
+            load_weights(net, self._loaded["weights"])
             self.updates = self._loaded["updates"]
             self._loaded = None
         pl_module.__dict__["ema_net"] = net
@@ -60,7 +63,7 @@ class EMA(pl.Callback):
         """Move the average towards the weights; copy the buffers."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.ramp else self.decay
         self.updates += 1
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+        torch._foreach_lerp_([local(p) for p in average.parameters()], [local(p) for p in net.parameters()], 1 - decay)
         targets: list[Tensor] = list(average.buffers())
         if targets:
             torch._foreach_copy_(targets, list(net.buffers()))

@@ -19,7 +19,7 @@ from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
 from praxino.losses.vae import VAELoss
 from praxino.metrics.image import WINDOW, psnr, ssim
-from praxino.models.vae import Output, VideoVAE
+from praxino.models.vae import Output, VideoVAE, describe
 from praxino.video import to_float
 
 JUDGE = "disc_"  # the prefix of the adversary
@@ -101,6 +101,10 @@ class VAEModule(StepModule):
         """Return the weights of the network and of the adversary."""
         generator = {"": self.net.trainable_parameters()}
         return generator if self.adversary is None else {**generator, JUDGE: list(self.adversary.parameters())}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the "praxino" block of a checkpoint."""
+        return describe(self.net)
 
     def optimizer_of(self, prefix: str) -> Callable[..., Optimizer]:
         """Return what makes the optimizer of network or adversary."""
