@@ -51,7 +51,7 @@ ALLOWED = {
 # where these libraries may be imported
 LIBRARIES = {
     "av": {"video"},
-    "lightning": {"data/module", "lit", "callbacks", "tasks"},
+    "lightning": {"data/base", "lit", "callbacks", "tasks"},
     "hydra": {"config", "tasks", "cli"},
     "omegaconf": {"config", "tasks", "cli"},
     "wandb": {"callbacks/media"},
