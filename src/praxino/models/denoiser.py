@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from praxino import __version__
@@ -39,33 +40,39 @@ class Cache:
     to True for a last call on the finished frames.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, step: int = 1) -> None:
         self.layers = [LayerCache() for _ in range(layers)]
+        self.step = step  # latent frames a token: only whole tokens are held
         self.keep = True
         self.frames = 0  # how many latent frames are held
         self.end: int | None = None  # the position of the frame after them
 
-    def open(self, start: int) -> None:
-        """Begin a call with frames from position `start` on."""
+    def open(self, start: int, frames: int) -> None:
+        """Begin a call with so many frames from position `start` on."""
+        self.check(frames)
         if self.end is not None and start != self.end:
             raise ValueError(f"start={start} does not follow the cached frames: use {self.end}, or a new cache.")
         for layer in self.layers:
             layer.keep = self.keep
 
     def close(self, start: int, frames: int) -> None:
-        """End a call of so many frames."""
+        """End a call."""
         if self.keep:
             self.frames, self.end = self.frames + frames, start + frames
 
     def trim(self, frames: int) -> None:
         """Forget all but the newest frames, so that the memory of a long rollout stays flat."""
-        if frames < 1:
-            raise ValueError(f"{frames} frames are nothing to attend to: keep 1 or more, or use a new cache.")
+        self.check(frames)
         for layer in self.layers:
             if layer.k is not None and layer.v is not None and frames < self.frames:
                 kept = layer.k.shape[2] * frames // self.frames
                 layer.k, layer.v = layer.k[:, :, -kept:].clone(), layer.v[:, :, -kept:].clone()
         self.frames = min(self.frames, frames)
+
+    def check(self, frames: int) -> None:
+        """Raise ValueError unless so many frames can be held."""
+        if frames < 1 or frames % self.step:
+            raise ValueError(f"{frames} frames cannot be cached: use a positive multiple of {self.step}.")
 
 
 class Denoiser(nn.Module, ABC):
@@ -135,6 +142,13 @@ class Denoiser(nn.Module, ABC):
                 )
         if cache is not None and not self.causal:
             self.new_cache()
+
+    def mark(self, z: Tensor, cond: Condition, start: int) -> Tensor:
+        """Append a channel that marks the given frames, and one for the causal first latent: `(B, C + 2, T, H, W)`."""
+        first = z.new_full((len(z),), float(start == 0)) if cond.first is None else cond.first.to(z.dtype)
+        known = z.new_zeros(z.shape[0], z.shape[2]) if cond.known is None else cond.known.to(z.dtype)
+        marks = torch.stack((known, F.pad(first[:, None], (0, z.shape[2] - 1))), dim=1)  # (B, 2, T)
+        return torch.cat((z, marks[..., None, None].expand(-1, -1, -1, *z.shape[3:])), dim=1)
 
     def flops(self, shape: Sequence[int]) -> int:
         """Count what a forward pass of latents of this shape computes: two a multiplication of matrices, no more."""
