@@ -21,7 +21,7 @@ from praxino.errors import ConfigError, PraxinoError
 
 # keys that name something which must exist before a task begins
 PATHS = {
-    "train": ("data.root", "data.val_root", "weights"),
+    "train": ("data.root", "data.val_root", "weights", "data.text"),
     "evaluate": ("vae", "data.root", "real", "fake"),
     "reconstruct": ("vae", "input"),
     "encode": ("vae", "data.root"),
@@ -31,7 +31,7 @@ PATHS = {
     "make_video": ("input",),
     "import_config": ("input",),
     "params": (),
-    "embed_text": ("captions", "model"),
+    "embed_text": ("captions", "encoder", "videos"),
     "doctor": ("vae", "data.root"),
 }
 FIRST = {"import_config": "input"}  # the key of a bare first word on the command line
