@@ -27,6 +27,7 @@ from praxino.errors import ConfigError, DataError
 
 FORMAT = 1
 MANIFEST = "manifest.jsonl"
+WORK = ".work"  # of an encoding that is not finished
 LOGVAR = (-30.0, 20.0)  # as `models.vae.Posterior` limits it
 
 Draw = Literal["sample", "mean"]
@@ -146,7 +147,7 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        unfinished = os.path.isdir(os.path.join(folder, ".work"))
+        unfinished = os.path.isdir(os.path.join(folder, WORK))
         why = "its encoding is not finished: run praxino-encode again" if unfinished else "praxino-encode makes one"
         raise ConfigError(f"{folder} holds no latents ({MANIFEST}: {error.strerror}); {why}") from error
     cut = content.rfind(b"\n", 0, len(content) - 1) + 1
