@@ -277,7 +277,14 @@ def test_marks_of_given_frames_and_of_the_first():
         (lambda net, z, t: net(z, t[:, :2]), r"noise levels of shape \(2, 2\) do not fit: use \(2,\) or \(2, 3\)"),
         (lambda net, z, t: net(z, t, Condition(label=torch.zeros(2).long())), "takes no label: .* with classes"),
         (lambda net, z, t: net(z, t, Condition(text=torch.zeros(2, 1, 5))), "takes no text: .* with text_width"),
-        (lambda net, z, t: net(z, t, Condition(first=torch.ones(3) > 0)), r"first of shape \(3,\) does not fit"),
+        (
+            lambda net, z, t: net(z, t, Condition(first=torch.ones(3) > 0)),
+            r"first of shape \(3,\) does not fit: use \(2,",
+        ),
+        (
+            lambda net, z, t: make(text_width=5)(z, t, Condition(text=torch.zeros(2, 4, 6))),
+            r"text of shape \(2, 4, 6\) does not fit: use \(2, 4, 5\)",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(call, message):

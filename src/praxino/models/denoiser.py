@@ -130,16 +130,18 @@ class Denoiser(nn.Module, ABC):
         batch, frames = z.shape[0], z.shape[2]
         if t.shape not in ((batch,), (batch, frames)):
             raise ValueError(f"noise levels of shape {tuple(t.shape)} do not fit: use ({batch},) or {(batch, frames)}.")
-        shapes = {"known": (batch, frames), "first": (batch,), "label": (batch,)}
-        for name, value in cond.given().items():
-            if tuple(value.shape) != shapes.get(name, (batch, *value.shape[1:])):
-                raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit: use {shapes.get(name, batch)}.")
+        words = -1 if cond.text is None else cond.text.shape[1]
+        shapes = {"known": (batch, frames), "first": (batch,), "label": (batch,), "text_mask": (batch, words)}
         for kind in ("label", "text"):
             if getattr(cond, kind) is not None and kind not in self.kinds:
                 remedy = "classes" if kind == "label" else "text_width"
                 raise ValueError(
                     f"this {type(self).__name__} takes no {kind}: leave it out, or build it with {remedy}."
                 )
+        for name, value in cond.given().items():
+            shape = shapes.get(name, (batch, words, self.text_width))
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit: use {shape}.")
         if cache is not None and not self.causal:
             self.new_cache()
 
@@ -151,7 +153,7 @@ class Denoiser(nn.Module, ABC):
         return torch.cat((z, marks[..., None, None].expand(-1, -1, -1, *z.shape[3:])), dim=1)
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Count what a forward pass of latents of this shape computes: two a multiplication of matrices, no more."""
+        """Count the operations of a forward pass on latents of this shape: two a multiplication in matrices."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             type(self)(**self.config)(torch.zeros(*shape), torch.zeros(shape[0]))
         return counter.get_total_flops()

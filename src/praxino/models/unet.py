@@ -147,7 +147,7 @@ class UNet3D(Denoiser):
         sizes = [(z.shape[2], x.shape[3] >> level, x.shape[4] >> level) for level in range(len(self.shrink) + 1)]
         tables = [self.table(size, z) for size in sizes]
 
-        h = self.stem(x.to(self.stem.weight.dtype))
+        h = self.stem(x.to(self.stem.weight.dtype).contiguous())  # group norm: see ops.norm.to_exact_layout
         held, down, up = [h], iter(self.down), iter(self.up)
         for level, table in enumerate(tables):
             for _ in range(self.depth):
