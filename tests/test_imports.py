@@ -25,8 +25,9 @@ ALLOWED = {
     "shards": set(),
     "callbacks": {"ops", "models", "losses", "metrics", "video", "data", "lit", "stream", "shards"},
     "config": set(),
-    "checkpoint": {"ops", "models", "stream", "shards", "diffusion", "official"},
-    "official": {"ops", "models"},
+    "archive": {"shards"},
+    "official": {"ops", "models", "archive"},
+    "checkpoint": {"ops", "models", "stream", "shards", "diffusion", "archive", "official"},
     "convert": {"ops", "models"},
     "tasks": {
         "ops",

@@ -25,6 +25,8 @@ PATHS = {
     "evaluate": ("vae", "data.root", "real", "fake"),
     "reconstruct": ("vae", "input"),
     "encode": ("vae", "data.root"),
+    "sample": ("ckpt", "vae", "text"),
+    "predict": ("ckpt", "input", "vae", "text"),
     "make_data": (),
     "convert": ("vae", "encoder", "decoder", "config"),
     "plot": ("run",),
@@ -33,6 +35,7 @@ PATHS = {
     "params": (),
     "embed_text": ("captions", "encoder", "videos"),
     "doctor": ("vae", "data.root"),
+    "pipeline": ("data.root", "data.val_root"),
 }
 FIRST = {"import_config": "input"}  # the key of a bare first word on the command line
 
@@ -213,6 +216,8 @@ train = command("train")
 evaluate = command("evaluate")
 reconstruct = command("reconstruct")
 encode = command("encode")
+sample = command("sample")
+predict = command("predict")
 make_data = command("make_data")
 convert = command("convert")
 plot = command("plot")
@@ -221,3 +226,4 @@ import_config = command("import_config")
 params = command("params")
 embed_text = command("embed_text")
 doctor = command("doctor")
+pipeline = command("pipeline")

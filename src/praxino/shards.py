@@ -1,7 +1,7 @@
 """Checkpoints as a directory that all ranks write: tensors in shards, everything else in one file of plain data.
 
     step-00001000.ckpt/
-        meta.pt                          the checkpoint, with a `{"__shard__": name, "shape": [...]}` for each sharded tensor
+        meta.pt                          the checkpoint; a sharded tensor is `{"__shard__": name, "shape": [...]}`
         shard-00000-of-00008.safetensors rows of every sharded tensor, one file a rank
         complete.json                    size and CRC of each file; a directory without it does not count
 

@@ -184,7 +184,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save `best.ckpt` where the metric is better than ever, of a training that runs."""
-        if self.monitor is None or not trainer.training or trainer.sanity_checking:
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.monitor not in pl_module.latest:
             known = ", ".join(sorted(name for name in pl_module.latest if name.startswith("val/")))
@@ -198,6 +198,11 @@ class Checkpoint(pl.callbacks.Checkpoint):
             if self._write(trainer, pl_module, self.directory / "best.ckpt") and trainer.is_global_zero:
                 note = {"step": pl_module.step, self.monitor: value}
                 (self.directory / "best.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint, the same wherever the run lies."""
+        return "Checkpoint" if self.monitor is None else f"Checkpoint({self.monitor})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far, where one is looked for."""

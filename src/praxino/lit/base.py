@@ -97,6 +97,19 @@ class StepModule(pl.LightningModule):
     def describe(self) -> dict[str, Any]:
         """Return the "praxino" block of a checkpoint, from which the network can be rebuilt."""
 
+    @abstractmethod
+    def summary(self) -> str:
+        """Return what is particular of the network, in a few words."""
+
+    @abstractmethod
+    def check_data(self, frames: int, size: Any, manifest: Any) -> None:
+        """Raise ConfigError unless clips of the data fit the network.
+
+        Args:
+            frames, size: of a clip of video.
+            manifest: of a latent cache, None for videos.
+        """
+
     def turn(self) -> tuple[str, ...]:
         """Return the prefixes of those who learn in this step."""
         return ("",)

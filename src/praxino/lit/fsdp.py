@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients, optimizer state and moving average in shards, one block gathered at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from praxino.errors import CheckpointError, ConfigError
@@ -73,8 +73,17 @@ class FSDP(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(whole, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or a directory of any strategy."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Read a file or a directory of any strategy; of a directory each rank reads its own rows."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only, place=self.place)  # type: ignore[call-arg]
+
+    def place(self, shape: list[int], rows: Callable[[int, int], Tensor]) -> Tensor:
+        """Make a tensor of this rank's rows, cut as FSDP cuts it."""
+        mesh = self.device_mesh["data_parallel"]
+        each = -(-shape[0] // mesh.size())
+        start = min(mesh.get_local_rank() * each, shape[0])
+        part = rows(start, min(start + each, shape[0])).to(self.root_device)
+        whole = torch.empty(shape, device="meta")
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give the network the weights of a checkpoint."""

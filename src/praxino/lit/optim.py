@@ -99,7 +99,7 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})  # type: ignore[arg-type]
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         given, self.param_groups = self.param_groups, []
         adamw: list[dict[str, Any]] = []
         muon: list[dict[str, Any]] = []

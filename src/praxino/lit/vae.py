@@ -19,7 +19,7 @@ from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
 from praxino.losses.vae import VAELoss
 from praxino.metrics.image import WINDOW, psnr, ssim
-from praxino.models.vae import Output, VideoVAE, describe
+from praxino.models.vae import Output, VideoVAE, check_clip, describe
 from praxino.video import to_float
 
 JUDGE = "disc_"  # the prefix of the adversary
@@ -105,6 +105,16 @@ class VAEModule(StepModule):
     def describe(self) -> dict[str, Any]:
         """Return the "praxino" block of a checkpoint."""
         return describe(self.net)
+
+    def summary(self) -> str:
+        """Return stride and latent channels."""
+        return f"stride {'x'.join(map(str, self.net.stride))}, {self.net.latent_channels} latent channels"
+
+    def check_data(self, frames: int, size: Any, manifest: Any) -> None:
+        """Raise ConfigError unless clips of the data fit the network."""
+        if manifest is not None:
+            raise ConfigError("data=latents: a video autoencoder learns from videos: use data=video")
+        check_clip(self.net, frames, size)
 
     def optimizer_of(self, prefix: str) -> Callable[..., Optimizer]:
         """Return what makes the optimizer of network or adversary."""

@@ -291,6 +291,15 @@ class VideoVAE(nn.Module, ABC):
         return pair[0].view(1, -1, 1, 1, 1), pair[1].view(1, -1, 1, 1, 1)
 
 
+def check_clip(net: VideoVAE, frames: int, size: Any) -> None:
+    """Make sure that clips of the data, of a size in pixels, [height, width] or None for any, fit the model."""
+    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
+    try:
+        net.check_video((1, 3, frames, height, width))
+    except ValueError as error:
+        raise ConfigError(f"frames={frames} size={size}: {error}") from error
+
+
 def describe(vae: VideoVAE) -> dict[str, Any]:
     """Return the "praxino" block of a checkpoint of this model, all but the run's own `config` and `step`."""
     cls = type(vae)
