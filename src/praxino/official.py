@@ -18,6 +18,7 @@ from praxino.archive import one_line, replace
 from praxino.errors import CheckpointError, PraxinoError
 from praxino.models.causalvae import CausalVAE
 from praxino.models.foreign import FAMILIES, ForeignVAE, find_class, rename
+from praxino.models.identity import IdentityVAE
 from praxino.models.vae import VideoVAE
 from praxino.models.wfvae import WFVAE
 
@@ -25,9 +26,9 @@ log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
 MODELS: dict[str, type[VideoVAE]] = {
-    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE, CausalVAE, ForeignVAE)
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE, CausalVAE, ForeignVAE, IdentityVAE)
 }
-OFFICIAL = {cls.official_name: cls for cls in MODELS.values() if cls is not ForeignVAE}
+OFFICIAL = {cls.official_name: cls for cls in (WFVAE, CausalVAE)}
 CONFIG, SAFETENSORS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 LOSS = "loss."  # of LPIPS and the discriminator in those of Open-Sora-Plan v1.0 and v1.1

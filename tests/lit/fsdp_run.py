@@ -1,4 +1,4 @@
-"""A training of a denoiser that the tests launch on one or two ranks: python fsdp_run.py OUT SCENARIO RANKS [RESUME]."""
+"""A training of a denoiser that the tests launch on ranks: python fsdp_run.py OUT SCENARIO RANKS [RESUME]."""
 
 import sys
 from datetime import timedelta
@@ -14,7 +14,7 @@ from praxino.diffusion.path import RectifiedFlow
 from praxino.diffusion.time import UniformTime
 from praxino.lit.context import Context
 from praxino.lit.fsdp import FSDP, gather
-from praxino.lit.optim import MuonAdamW
+from praxino.lit.optim import MuonAdamW, local
 from training import train
 
 VALIDATE = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
@@ -55,10 +55,8 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
             "weights": torch.cat([value.flatten() for value in weights.values()]),
             "ema": torch.cat([value.flatten() for value in ema.values()]),
             "step": module.step,
-            "local": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in module.parameters()),
-            "ema_local": sum(
-                p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in module.ema_net.parameters()
-            ),
+            "local": sum(local(p).numel() for p in module.parameters()),
+            "ema_local": sum(local(p).numel() for p in module.ema_net.parameters()),
         },
         out / f"rank{trainer.global_rank}.pt",
     )
