@@ -152,23 +152,24 @@ class Sigmoid(VariancePreserving):
             raise ValueError(f"start {start} must lie below end {end}, e.g. -3 and 3.")
         self.start, self.end = start, end
 
-    def fall(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return how much of the whole fall lies between `a` and `b`, exact for near ones too."""
-        whole = math.tanh(self.end / 2) - math.tanh(self.start / 2)
-        return torch.sinh((b - a) / 2) / (torch.cosh(a / 2) * torch.cosh(b / 2) * whole)
-
     def place(self, t: Tensor) -> Tensor:
         return self.start + t * (self.end - self.start)
 
+    def whole(self) -> float:
+        return math.tanh(self.end / 2) - math.tanh(self.start / 2)
+
+    def fall(self, t: Tensor, length: Tensor, edge: float) -> Tensor:
+        """Return which part of the fall lies between `t` and the edge, `length` away: accurate however short."""
+        return torch.sinh(length / 2) / (torch.cosh(self.place(t) / 2) * math.cosh(edge / 2) * self.whole())
+
     def alpha(self, t: Tensor) -> Tensor:
-        return self.fall(self.place(t), torch.full_like(t, self.end)).sqrt()
+        return self.fall(t, (1 - t) * (self.end - self.start), self.end).sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.fall(torch.full_like(t, self.start), self.place(t)).sqrt()
+        return self.fall(t, t * (self.end - self.start), self.start).sqrt()
 
     def dalpha(self, t: Tensor) -> Tensor:
-        whole = math.tanh(self.end / 2) - math.tanh(self.start / 2)
-        slope = (self.end - self.start) / (2 * whole * torch.cosh(self.place(t) / 2).square())
+        slope = (self.end - self.start) / (2 * self.whole() * torch.cosh(self.place(t) / 2).square())
         return -slope / (2 * self.alpha(t)).clamp(min=TINY)
 
     def dsigma(self, t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from praxino.diffusion.time import shift_time
 
 Sampler = Literal["euler", "heun", "ddim", "dpmpp_2m", "ancestral"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-LAST_LOG_SNR = -10.0  # where `eps` begins on a path that ends in pure noise, of which it says nothing
+LAST_LOG_SNR = -11.0  # where `eps` begins on a path that ends in pure noise, of which it says nothing
 Levels = tuple[Tensor, Tensor]  # alpha, sigma
 Past = tuple[Tensor, Tensor]  # the data estimated in the step before, and its times
 
@@ -91,7 +91,7 @@ class Solver:
     def grid(self) -> Tensor:
         """Return the `steps + 1` times in float64, from the terminal one to exactly 0.
 
-        The terminal time is 1; for `eps` on a path without signal there, that of log-SNR -10, where others end.
+        The terminal time is 1; for `eps` on a path without signal there, that of log-SNR -11.
         """
         terminal = torch.ones((), dtype=torch.float64)
         if self.prediction == "eps" and self.path.log_snr(terminal) < LAST_LOG_SNR:
