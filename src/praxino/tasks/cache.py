@@ -3,10 +3,9 @@
 import fcntl
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from praxino.data.latent_file import ShardWriter, write_durably
 from praxino.data.latents import MANIFEST, WORK, has_size, is_sound, read_manifest
@@ -27,18 +26,27 @@ class Workplace:
     def __init__(self, out: Path, latents: bool) -> None:
         self.out, self.latents = out, latents
         self.folder, self.manifest = out / WORK, out / MANIFEST
-        self._lock: int | None = None
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def claim(self) -> None:
-        """Keep other processes from working here until this one ends; raises BusyError."""
+        """Keep other processes from working here until the context ends; raises BusyError.
+
+        The lock is not one that workers inherit: they may outlive this process by seconds when it is killed.
+        """
         self.folder.mkdir(exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                f"out={self.out} is being written by another run: wait for it, or choose another"
-            ) from error
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BusyError(f"out={self.out} is being written by another run: wait, or choose another") from error
         except OSError as error:
             log.warning("%s cannot be locked (%s): make sure that one run writes it", self.out, error.strerror)
         for stale in self.folder.glob("*.tmp"):  # of a run that was killed
@@ -48,8 +56,6 @@ class Workplace:
         """Remove what only an unfinished encoding needs, where it was claimed."""
         if self._lock is not None:
             shutil.rmtree(self.folder)
-            os.close(self._lock)
-            self._lock = None
 
     def writer(self, number: int) -> ShardWriter | None:
         """Begin the shard of a part."""

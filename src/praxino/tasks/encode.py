@@ -7,7 +7,7 @@ import csv
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -116,7 +116,8 @@ def encode(
     sides = list(size) if isinstance(size, tuple) else size
     settings: dict[str, Any] = {"frames": frames, "stride": stride, "size": sides, "short": short, "shard": shard}
     settings |= {"weights": weights, "precision": precision}
-    with launch(device, devices, num_nodes) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(launch(device, devices, num_nodes))
         model = checkpoint.load(file, weights=weights, device=ranks.device)
         check_chunk(model, chunk)
         check_clip(model, frames or model.frame_rule[0], size)
@@ -129,7 +130,7 @@ def encode(
         parts = cut([due_bytes(model, entry, frames, stride, resize) for entry in entries], shard)
         identity = {"fingerprint": fingerprint(model), "settings": settings, "classes": classes}
         known = [[entry.path, entry.stamp, number] for entry, number in zip(entries, numbers, strict=True)]
-        work = Workplace(target, not stats_only)
+        work = stack.enter_context(Workplace(target, not stats_only))
         todo = ranks.on_first(lambda: begin(work, identity, known, len(parts), verify))
         source = Source(root, entries, numbers, clips if frames else None, stride, resize, batch, workers, chunk)
         with precision_context(ranks.device, precision):
