@@ -62,7 +62,10 @@ LIBRARIES = {
     "torchmetrics": {"losses/perceptual", "metrics", "lit"},
 }
 # parts that neither log nor touch files, and lit, which leaves files to the callbacks
-PURE = {part: {"logging", "os", "io", "pathlib", "json", "tempfile"} for part in ("ops", "models", "losses", "metrics")}
+PURE = {
+    part: {"logging", "os", "io", "pathlib", "json", "tempfile"}
+    for part in ("ops", "models", "diffusion", "losses", "metrics")
+}
 PURE["lit"] = {"os", "io", "pathlib", "json", "tempfile"}
 MODULES = sorted(ROOT.rglob("*.py"))
 

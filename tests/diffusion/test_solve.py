@@ -37,8 +37,9 @@ def test_second_order_brings_out_a_gaussian_in_64_steps(path, prediction, sample
     check_gaussian(path, prediction, sampler, 64)
 
 
+@pytest.mark.slow
 @each_case
-@pytest.mark.parametrize(("sampler", "steps"), [("euler", 160), pytest.param("ancestral", 320, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 160), ("ancestral", 320)])
 def test_first_order_brings_out_a_gaussian_in_more_steps(path, prediction, sampler, steps):
     check_gaussian(path, prediction, sampler, steps)
 
