@@ -1,10 +1,10 @@
-"""The cost of a step of a denoiser: parameters, operations, seconds, MFU; the Trainer against a raw loop; compiled or not.
+"""The cost of a denoiser's step: parameters, operations, seconds, MFU; Trainer against a raw loop; compiled or not.
 
-    python benchmarks/dit_step.py                                   # a CPU: tiny, latents 8x5x8x8 (17 frames, 64 pixels)
+    python benchmarks/dit_step.py                              # a CPU: tiny, latents 8x5x8x8 (17 frames, 64 pixels)
     python benchmarks/dit_step.py --nets dit_b dit_l --latent 16 5 32 32 --batch 16 --compile --precision bf16-mixed
 
-A step is forward, backward, clipping, optimizer and, through the Trainer, moving average, finite guard and schedule. The
-raw loop has the same network, loss, clipping and optimizer, and nothing else. Medians of `--steps` after `--warmup`, best
+A step is forward, backward, clipping, optimizer and, through the Trainer, average, finite guard and schedule. The
+raw loop has the same network, loss, clipping and optimizer, and nothing else. Medians of `--steps`, the best
 of `--repeats`.
 """
 
