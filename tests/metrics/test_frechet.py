@@ -59,7 +59,7 @@ def test_features_are_fixed_and_tell_videos_from_others() -> None:
 
     net = RandomFeatures()
     assert torch.equal(net.layers[0].weight, RandomFeatures().layers[0].weight)  # type: ignore[arg-type]
-    assert net(torch.zeros(2, 3, 1, 7, 9)).shape == (2, 72)
+    assert net(torch.zeros(2, 3, 1, 7, 9)).shape == (2, 104)
     real, other = net(clips(range(48))), net(clips(range(48, 96)))
     still = net(clips(range(48, 96))[:, :, :1].expand(-1, -1, 9, -1, -1))
     noise = net(torch.rand(48, 3, 9, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 class RandomFeatures(nn.Module):
-    """Three strided 3D convolutions drawn from a seed; the averages over time and space of each, side by side.
+    """Strided 3D convolutions drawn from a seed; mean and deviation of every channel over time and space.
 
     Args:
-        widths: channels of the convolutions; a video has `sum(widths)` features.
+        widths: channels of the convolutions; a video has `width`, twice as many features as there are channels.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 24, 32), seed: int = 0) -> None:
+    def __init__(self, widths: Sequence[int] = (12, 16, 24), seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.layers = nn.ModuleList()
+        self.layers, self.width = nn.ModuleList(), 2 * sum(widths)
         for before, after in zip((3, *widths[:-1]), widths, strict=True):
             layer = nn.Conv3d(before, after, 3, stride=(1, 2, 2) if before == 3 else 2, padding=1)
             with torch.no_grad():
@@ -35,5 +35,5 @@ class RandomFeatures(nn.Module):
         features = []
         for layer in self.layers:
             x = F.relu(layer(x))  # (B, width, T', H / 2, W / 2)
-            features.append(x.mean((2, 3, 4)))
+            features += [x.mean((2, 3, 4)), x.std((2, 3, 4), correction=0)]
         return torch.cat(features, 1)

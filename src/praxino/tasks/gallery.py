@@ -131,7 +131,7 @@ def figures_of(run: Path, scores: Mapping[str, Content], stamps: Sequence[Conten
         found.append({"name": "Reconstruction", "value": f"{vae:.1f} dB", "note": note})
     if gain := scores["predict"].get("gain"):
         count = scores["predict"]["samples"]
-        note = f"over keeping the last frame, mean of {count}; one prediction {gain['sample']:+.2f} dB"
+        note = f"over keeping the last frame, mean of {count}; one prediction {gain['sample']:+.2f}\u00a0dB"
         found.append({"name": "Prediction", "value": f"{gain['mean']:+.2f} dB", "note": note})
     if (part := scores["evaluate"].get("position")) is not None:
         note = f"of the way from real videos to noise, {scores['evaluate']['n']} samples"
