@@ -12,7 +12,8 @@ from praxino.config import check, check_call, conf_dir, locate, redacted, regist
 from praxino.errors import ConfigError
 
 CONF = Path(conf_dir())
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+PIPELINES = ("demo", "demo_own")  # of praxino-pipeline: tests/tasks/test_pipeline.py
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in PIPELINES)
 CHOICES = [
     f"{group}={path.stem}"
     for group in ("data", "trainer", "logger", "debug", "model/net", "model/diffusion", "model/optimizer")
