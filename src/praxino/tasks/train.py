@@ -192,4 +192,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new
