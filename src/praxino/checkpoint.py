@@ -224,6 +224,7 @@ class Trained:
         vae: of the autoencoder: `fingerprint`, `path` relative to the run, `absolute`, `stride`; {} without one.
         step: of the training.
         config: of the run, resolved; None where it was not kept.
+        classes: the names of the labels; None where they have none.
     """
 
     file: Path
@@ -236,6 +237,7 @@ class Trained:
     vae: dict[str, Any]
     step: int
     config: dict[str, Any] | None
+    classes: list[str] | None
 
 
 def load_denoiser(
@@ -275,6 +277,7 @@ def load_denoiser(
             vae=dict(header["vae"]),
             step=int(header["step"]),
             config=header["config"],
+            classes=header.get("classes"),
         )
     except (PraxinoError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{file}: its description does not fit {attribute}: {one_line(error)}") from error

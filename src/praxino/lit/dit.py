@@ -83,6 +83,7 @@ class DiTModule(StepModule):
         self.shape: list[int] = []  # (C, T, H, W) of the latents seen last
         self.reference: dict[str, Any] = {}  # what a checkpoint says of the VAE
         self.statistics: dict[str, Any] | None = None  # of the latents, for checkpoints
+        self.classes: list[str] | None = None  # their names, for checkpoints
         self._described = describe(net)  # before it is sharded, which changes its class
         self._prepared = False
         self._rows: dict[int, dict[str, float]] = {}  # validation: sample index -> values
@@ -165,6 +166,7 @@ class DiTModule(StepModule):
             "shape": self.shape,
             "statistics": self.statistics,
             "vae": self.reference,
+            "classes": self.classes,
         }
 
     def summary(self) -> str:
@@ -198,6 +200,7 @@ class DiTModule(StepModule):
                 f"model.net.classes={self.net.classes}, the latents have {have} classes: use "
                 f"model.net.classes={have or 'null'}"
             )
+        self.classes = list(classes) if classes and self.net.classes else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters and what was known of the latents."""

@@ -307,8 +307,7 @@ def labels_of(net: Denoiser, trained: Trained, label: int | str | Sequence[int |
         return None
     if net.classes is None:
         raise ConfigError(f"label={label}: the model takes no label: leave it out")
-    names: list[str] = getattr(trained, "classes", None) or []
-    found = []
+    names, found = trained.classes or [], []
     for item in [label] if isinstance(label, int | str) else label:
         if isinstance(item, str) and item in names:
             item = names.index(item)
