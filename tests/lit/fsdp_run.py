@@ -26,9 +26,9 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
     kind, *words, steps = scenario.split("-")
     options: dict = dict(VALIDATE)
     if kind == "fsdp":
-        options["strategy"] = FSDP("sharded" in words, process_group_backend="gloo", timeout=60)
+        options["strategy"] = FSDP("sharded" in words, process_group_backend="gloo", timeout=120)
     elif ranks > 1:
-        options["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        options["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120))
     optimizer = partial(MuonAdamW, lr=1e-3) if "muon" in words else partial(torch.optim.SGD, lr=0.1)
     if "adamw" in words:
         optimizer = partial(torch.optim.AdamW, lr=1e-2)
