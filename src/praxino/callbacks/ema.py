@@ -38,12 +38,15 @@ class EMA(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Copy the network, or take the average of the checkpoint."""
-        net = pl_module.copy_net().requires_grad_(False).eval()
+        pl_module.__dict__["ema_net"] = pl_module.copy_net().requires_grad_(False).eval()
+        self._go_on(pl_module)
+
+    def _go_on(self, pl_module: Any) -> None:
+        """Take the average of the checkpoint, if there is one."""
         if self._loaded is not None:
-            load_weights(net, self._loaded["weights"])
+            load_weights(pl_module.ema_net, self._loaded["weights"])
             self.updates = self._loaded["updates"]
             self._loaded = None
-        pl_module.__dict__["ema_net"] = net
         self._step = pl_module.step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -75,10 +78,14 @@ class EMA(pl.Callback):
             checkpoint["ema"] = {"decay": self.decay, "updates": self.updates, "weights": weights}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the average until the network is on its device."""
+        """Keep the average until the network is on its device; of one in shards, which already is, take it now."""
         self._loaded = checkpoint.get("ema")
         if self._loaded is None:
             log.warning("the checkpoint holds no EMA: the average begins with its weights")
+        if "ema_net" in pl_module.__dict__:
+            if self._loaded is None:
+                load_weights(pl_module.ema_net, pl_module.net.state_dict())
+            self._go_on(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Follow the module back to the CPU."""
