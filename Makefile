@@ -29,20 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## train a small WF-VAE, reconstruct and measure; DATA=DIR takes your own folder of videos
+demo: install  ## videos to gallery: train a VAE and a DiT, sample, predict; DATA=DIR takes your own folder of videos
 	@test -n "$(DEMO)"
-	rm -rf $(DEMO)/run $(DEMO)/reconstructions $(DEMO)/evaluation
 ifeq ($(DATA),)
-	$(RUN)/praxino-make-data out=$(DEMO)/videos
-	$(RUN)/python train.py experiment=demo data.root=$(DEMO)/videos/train data.val_root=$(DEMO)/videos/val out=$(DEMO)/run
-	$(RUN)/python reconstruct.py vae=$(DEMO)/run input=$(DEMO)/videos/val limit=6 side_by_side=true out=$(DEMO)/reconstructions
-	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root=$(DEMO)/videos/val frames=9 size=32 out=$(DEMO)/evaluation
+	$(RUN)/praxino-pipeline experiment=demo out=$(DEMO)
 else
-	$(RUN)/python train.py experiment=demo data.root="'$(DATA)'" size=64 batch=4 trainer.max_steps=400 out=$(DEMO)/run
-	$(RUN)/python reconstruct.py vae=$(DEMO)/run input="'$(DATA)'" limit=6 frames=33 size=128 side_by_side=true out=$(DEMO)/reconstructions
-	$(RUN)/python evaluate.py vae=$(DEMO)/run data.root="'$(DATA)'" frames=9 size=64 out=$(DEMO)/evaluation
+	$(RUN)/praxino-pipeline experiment=demo_own data.root="'$(DATA)'" out=$(DEMO)
 endif
-	@echo "Look at $(DEMO)/reconstructions/side_by_side, $(DEMO)/run/media and $(DEMO)/evaluation/metrics.csv"
 
 test: install  ## run the test suite without the slow tests
 	$(RUN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -338,7 +338,7 @@ def test_written_files_are_whole_or_not_there(official, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr("praxino.official.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save_official(make(5), official)
     assert (official / checkpoint.SAFETENSORS).read_bytes() == before

@@ -1,46 +1,84 @@
-"""Load models from every kind of checkpoint, and write the official kinds.
+"""Load models from every kind of checkpoint.
 
 A checkpoint may come from a stranger: nothing in it is executed (`weights_only=True`, always explicit), and the model
 class comes from a list here, not from the file.
 """
 
-import difflib
-import inspect
+import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from praxino import shards
+from praxino.archive import one_line, read, replace, verify
+from praxino.diffusion.path import Cosine, LinearBeta, LinearLogSNR, RectifiedFlow, Sigmoid
+from praxino.diffusion.path import Path as DiffusionPath
 from praxino.errors import CheckpointError, ConfigError, PraxinoError
-from praxino.models.causalvae import CausalVAE
-from praxino.models.foreign import FAMILIES, ForeignVAE, find_class, rename
+from praxino.models.denoiser import Denoiser
 from praxino.models.vae import FORMAT, VideoVAE, describe
-from praxino.models.wfvae import WFVAE
+from praxino.official import (
+    CONFIG,
+    INDEX,
+    LOSS,
+    MODELS,
+    SAFETENSORS,
+    Weights,
+    build,
+    build_official,
+    listed_files,
+    load_safetensors,
+    official_config,
+    official_state,
+    read_config,
+    read_safetensors,
+    save_official,
+    save_official_ckpt,
+)
 
-__all__ = ["describe", "find_last", "load", "read", "save_official", "save_official_ckpt", "verify"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SAFETENSORS",
+    "Trained",
+    "Weights",
+    "describe",
+    "find_last",
+    "fingerprint",
+    "listed_files",
+    "load",
+    "load_denoiser",
+    "load_vae_of",
+    "locate",
+    "one_line",
+    "read",
+    "read_config",
+    "read_discriminator",
+    "read_weights",
+    "replace",
+    "save_official",
+    "save_official_ckpt",
+    "save_vae",
+    "verify",
+]
 
 log = logging.getLogger(__name__)
 
-Weights = Literal["ema", "raw"]
-MODELS: dict[str, type[VideoVAE]] = {
-    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (WFVAE, CausalVAE, ForeignVAE)
+DENOISERS = ("praxino.models.dit.VideoDiT", "praxino.models.unet.UNet3D")
+PATHS: dict[str, type[DiffusionPath]] = {
+    cls.__name__: cls for cls in (RectifiedFlow, LinearBeta, Cosine, Sigmoid, LinearLogSNR)
 }
-OFFICIAL = {cls.official_name: cls for cls in MODELS.values() if cls is not ForeignVAE}
-CONFIG, SAFETENSORS = "config.json", "diffusion_pytorch_model.safetensors"
-INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 PREFIX = "net."  # of the model in a LightningModule's state dict
 ADVERSARY = "adversary."  # of the discriminator there
-LOSS = "loss."  # of LPIPS and the discriminator in those of Open-Sora-Plan v1.0 and v1.1
+NORMALISATION = ("scale", "shift")  # of an official config: they say how latents are used, not what they are
 
 
 def load(
@@ -80,7 +118,7 @@ def pretrained(path: str) -> VideoVAE:
 def locate(path: str | os.PathLike[str]) -> Path:
     """Return the file that `load` reads: a checkpoint, weights, or the index of weights in several files."""
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or shards.is_sharded(path):
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory: give a checkpoint, a run or an official directory.")
@@ -127,32 +165,6 @@ def step_of(path: Path) -> tuple[int, str]:
     return (int(numbers[-1]) if numbers else -1, path.name)
 
 
-def verify(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError unless the file is whole: torch.load itself ignores the checksums of the zip archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({one_line(error)}): give another one.") from error
-    if broken is not None:
-        raise CheckpointError(f"{path}: damaged (checksum of {broken}): give another one.")
-
-
-def read(path: Path) -> Mapping[str, Any]:
-    """Return what a checkpoint file holds: tensors, mapped from the file, and plain data; nothing in it is executed."""
-    verify(path)
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a crafted file provokes
-        raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain data ({one_line(error)}): "
-            "export the weights to safetensors where you trust them."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint: give another file.")
-    return content
-
-
 def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
     """Load a praxino or an official checkpoint file."""
     content = read(path)
@@ -162,68 +174,173 @@ def load_ckpt(path: Path, weights: Weights) -> VideoVAE:
 
 
 def load_praxino(path: Path, content: Mapping[str, Any], weights: Weights) -> VideoVAE:
-    """Rebuild the model that a praxino checkpoint describes."""
+    """Rebuild the video autoencoder that a praxino checkpoint describes."""
+    header, name, config, state = described(path, content, weights)
+    if header["kind"] != "vae" or name not in MODELS:
+        kind = header["kind"]
+        raise CheckpointError(f"{path}: holds the {kind} {name}: give a video autoencoder ({', '.join(MODELS)}).")
+    vae = build(path, MODELS[name], config, state)
+    if (statistics := header["statistics"]) is not None:
+        vae.set_statistics(statistics["mean"], statistics["std"])
+    return vae
+
+
+def described(
+    path: Path, content: Mapping[str, Any], weights: Weights
+) -> tuple[Mapping[str, Any], str, dict[str, Any], dict[str, Tensor]]:
+    """Return the "praxino" block of a checkpoint, the class and the arguments of its model, and the weights asked for.
+
+    Raises:
+        CheckpointError: it does not say these, or in another format.
+    """
     header = content["praxino"]
     try:
-        version, kind, name = header["format"], header["kind"], header["model"]["class"]
-        config, statistics = dict(header["model"]["config"]), header["statistics"]
+        version, name, config = header["format"], header["model"]["class"], dict(header["model"]["config"])
         state = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
         ema = (content.get("ema") or {}).get("weights")
+        header["kind"], header["statistics"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its description is not readable ({one_line(error)}): give another one."
         ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}: use the praxino that wrote it.")
-    if kind != "vae" or name not in MODELS:
-        raise CheckpointError(f"{path}: holds the {kind} {name}: give a video autoencoder ({', '.join(MODELS)}).")
     if weights == "ema" and not ema:
         log.info("%s: no moving average, the raw weights are taken", path)
-    vae = build(path, MODELS[name], config, ema if weights == "ema" and ema else state)
-    if statistics is not None:
-        vae.set_statistics(statistics["mean"], statistics["std"])
+    return header, name, config, ema if weights == "ema" and ema else state
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of a denoiser beside its weights.
+
+    Args:
+        file: the checkpoint.
+        path, prediction, per_frame: of the diffusion that it was trained with; whether frames had noise levels apart.
+        conditioning: `drop`, the probability with which label and text were dropped, and `context`: `probability`,
+            `frames` (latents) and `noise`.
+        shape: of the latents trained on, `(C, T, H, W)`.
+        statistics: mean and deviation per channel by which these were normalised; None: the VAE's own.
+        vae: of the autoencoder: `fingerprint`, `path` relative to the run, `absolute`, `stride`; {} without one.
+        step: of the training.
+        config: of the run, resolved; None where it was not kept.
+        classes: the names of the labels; None where they have none.
+    """
+
+    file: Path
+    path: DiffusionPath
+    prediction: Any
+    per_frame: bool
+    conditioning: dict[str, Any]
+    shape: tuple[int, ...]
+    statistics: dict[str, Any] | None
+    vae: dict[str, Any]
+    step: int
+    config: dict[str, Any] | None
+    classes: list[str] | None
+
+
+def load_denoiser(
+    path: str | os.PathLike[str],
+    weights: Weights = "ema",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Denoiser, Trained]:
+    """Rebuild a denoiser, in eval mode, and what it was trained with, from a checkpoint or a run directory.
+
+    Raises:
+        CheckpointError: no denoiser there.
+    """
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"weights={weights!r} is unknown: use ema or raw.")
+    file = locate(path)
+    content = read(file) if file.suffix != ".safetensors" and file.name != INDEX else {}
+    if "praxino" not in content:
+        raise CheckpointError(f"{file}: holds no denoiser of praxino: give a run of a denoiser or a checkpoint of one.")
+    header, name, config, state = described(file, content, weights)
+    if header["kind"] != "denoiser" or name not in DENOISERS:
+        raise CheckpointError(f"{file}: holds the {header['kind']} {name}: give a denoiser ({', '.join(DENOISERS)}).")
+    module, _, attribute = name.rpartition(".")
+    try:
+        with torch.device("meta"):
+            net: Denoiser = getattr(import_module(module), attribute)(**config)
+        net.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+        diffusion = header["diffusion"]
+        trained = Trained(
+            file=file,
+            path=PATHS[diffusion["path"]["class"]](**diffusion["path"]["config"]),
+            prediction=diffusion["prediction"],
+            per_frame=bool(diffusion["per_frame"]),
+            conditioning=dict(header["conditioning"]),
+            shape=tuple(header["shape"]),
+            statistics=header["statistics"],
+            vae=dict(header["vae"]),
+            step=int(header["step"]),
+            config=header["config"],
+            classes=header.get("classes"),
+        )
+    except (PraxinoError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its description does not fit {attribute}: {one_line(error)}") from error
+    return net.to(device=device, dtype=dtype).eval(), trained
+
+
+def load_vae_of(
+    trained: Trained,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> VideoVAE:
+    """Load the VAE of a denoiser, normalising as in its training: the run's own copy, or where it lay then.
+
+    Args:
+        path: another place of the same VAE.
+
+    Raises:
+        CheckpointError: it is not there, or it is another one.
+    """
+    run = trained.file.absolute().parent.parent
+    places = [Path(path)] if path is not None else []
+    if path is None and trained.vae:
+        places = [run / trained.vae["path"], Path(trained.vae["absolute"])]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        tried = " and ".join(map(str, places)) or "none is named"
+        raise CheckpointError(f"{trained.file}: its VAE is not there ({tried}): say where it is, e.g. vae=PATH.")
+    vae = load(found, device=device, dtype=dtype)
+    if trained.vae and fingerprint(load(found) if dtype is not None else vae) != trained.vae["fingerprint"]:
+        raise CheckpointError(f"{found}: another VAE than the one that {trained.file} was trained with: give that one.")
+    if trained.statistics is not None:
+        vae.set_statistics(trained.statistics["mean"], trained.statistics["std"])
     return vae
 
 
-def official_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json beside an official checkpoint, or else what Lightning stored of it in the file."""
-    stored = content.get("hyper_parameters")
-    beside = path.parent / CONFIG
-    return dict(stored) if isinstance(stored, Mapping) and stored and not beside.exists() else read_config(beside)
+def fingerprint(vae: VideoVAE) -> str:
+    """Return the SHA-256 of class, configuration and weights: of what decides the latents, whoever stored it where.
+
+    Statistics are not part of it: storing them does not make another VAE.
+    """
+    config = {key: value for key, value in vae.config.items() if key not in NORMALISATION}
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def official_state(path: Path, content: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
-    """Pick the weights out of an official checkpoint: moving average, else the model, else a bare state dict."""
-    state = content.get("state_dict", content)
-    candidates = [state.get("gen_model"), state] if isinstance(state, Mapping) else []
-    if weights == "ema":
-        candidates.insert(0, content.get("ema_state_dict"))
-        if not candidates[0]:
-            log.info("%s: no moving average, the raw weights are taken", path)
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and candidate:
-            named = {str(key).removeprefix("module."): value for key, value in candidate.items()}
-            kept = {key: value for key, value in named.items() if not key.startswith(LOSS)}
-            if len(kept) < len(named):
-                log.info("%s: %d tensors of its loss are left out", path, len(named) - len(kept))
-            return kept
-    raise CheckpointError(f"{path}: no weights (ema_state_dict, state_dict.gen_model, state_dict): give another file.")
+def save_vae(vae: VideoVAE, path: Path) -> None:
+    """Write a VAE of any kind, as it is, as a praxino checkpoint without anything of a training."""
+    state = {f"{PREFIX}{key}": value.detach().cpu().clone() for key, value in vae.state_dict().items()}
+    content = {"praxino": {**describe(vae), "config": None, "step": 0}, "state_dict": state}
 
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        verify(temporary)
 
-def load_safetensors(path: Path) -> VideoVAE:
-    """Load official weights, or the index of several files of them, beside their config.json."""
-    return build_official(path, read_config(path.parent / CONFIG), read_safetensors(path))
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a file, or of all the files that an index names."""
-    state: dict[str, Any] = {}
-    for file in [path] if path.name != INDEX else listed_files(path):
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: not readable as safetensors ({one_line(error)}): copy it again.") from error
-    return state
+    replace(path, write)
 
 
 def read_weights(path: str | os.PathLike[str], weights: Weights = "ema") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -253,210 +370,3 @@ def read_discriminator(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
         if str(key).startswith(f"{prefix}discriminator.") and isinstance(tensor, Tensor)
     }
     return found, next((step for step in steps if isinstance(step, int)), 0)
-
-
-def listed_files(index: Path) -> list[Path]:
-    """Return the files that an index of weights names, all of them beside it."""
-    names = read_config(index).get("weight_map")
-    names = sorted({str(name) for name in names.values()}) if isinstance(names, Mapping) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index}: names no files beside it in its weight_map: copy it again.")
-    return [index.with_name(name) for name in names]
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read an official config.json."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing: put the official {CONFIG} beside the weights.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)}): copy it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds no JSON object: put the official {CONFIG} there.")
-    return config
-
-
-def build_official(path: Path, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
-    """Build the model that an official config names."""
-    name = str(config.get("_class_name") or guess_class(config))
-    if name in FAMILIES:
-        return build_foreign(path, name, config, state)
-    if name not in OFFICIAL:
-        raise CheckpointError(f"{path}: holds a {name}: give one of {', '.join([*OFFICIAL, *FAMILIES])}.")
-    vae = build(path, OFFICIAL[name], config, state)
-    spread_scale(path, vae)
-    return vae
-
-
-def spread_scale(path: Path, vae: VideoVAE) -> None:
-    """Take an official scale and shift of another length for all channels where their entries are all alike.
-
-    The file's own stay in `config`, to be written back as they are.
-    """
-    scale, shift, channels = vae.config["scale"], vae.config["shift"], vae.latent_channels
-    if len(scale) == len(shift) == channels:
-        return
-    alike = all(
-        values and isinstance(values[0], int | float) and values.count(values[0]) == len(values)
-        for values in (scale, shift)
-    )
-    alike = alike and scale[0] != 0
-    log.warning(
-        "%s: scale and shift have %d and %d entries for %d latent channels: %s; praxino-encode measures them",
-        path,
-        len(scale),
-        len(shift),
-        channels,
-        "all alike, they are taken for every channel" if alike else "latents cannot be normalised",
-    )
-    if alike:
-        vae.set_statistics([shift[0]] * channels, [1 / scale[0]] * channels)
-
-
-def build_foreign(path: Path, name: str, config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
-    """Build a model of diffusers; what its class does not know of the config is left out, as diffusers does."""
-    taken = inspect.signature(find_class(name)).parameters
-    options = {key: value for key, value in config.items() if key in taken}
-    own = {key: value for key, value in config.items() if key.startswith("_")}
-    if unknown := config.keys() - options.keys() - own.keys():
-        log.warning("%s: %s does not know %s, which is left out", path, name, ", ".join(sorted(unknown)))
-    return build(path, ForeignVAE, {**own, "class_name": name, "options": options}, rename(state))
-
-
-def guess_class(config: dict[str, Any]) -> str:
-    """Return the official name of the first model that takes all keys of a config without a class."""
-    for name, cls in OFFICIAL.items():
-        if {key for key in config if key[:1] != "_"} <= {*inspect.signature(cls).parameters, *cls.unused_keys}:
-            return name
-    return WFVAE.official_name
-
-
-def build(path: Path, cls: type[VideoVAE], config: dict[str, Any], state: dict[str, Any]) -> VideoVAE:
-    """Construct a model and give it exactly these weights; the fixed filters may be missing, but not differ."""
-    extra = {key: value for key, value in config.items() if key.startswith("_") or key in cls.unused_keys}
-    known = {key: value for key, value in config.items() if key not in extra}
-    names = list(inspect.signature(cls).parameters)
-    for key in known:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{cls.__name__} takes {', '.join(names)}."
-            raise CheckpointError(f"{path}: config key {key!r} is unknown: {hint}")
-    if cls is ForeignVAE:
-        find_class(str(known.get("class_name")))  # which may say that diffusers is missing
-    try:
-        with torch.device("meta"):
-            vae = cls(**known)
-    except (PraxinoError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its config does not fit {cls.__name__}: {one_line(error)}") from error
-    filters = vae.fixed_filters()
-    if not any(key in state for key in filters):
-        state = {**filters, **state}
-    compare(path, vae, state)
-    for key, taps in filters.items():
-        if not torch.allclose(state[key].float(), taps, atol=2e-3):
-            raise CheckpointError(f"{path}: {key} is not the Haar filter: only fixed wavelets are supported.")
-    vae.load_state_dict({key: value.clone().contiguous() for key, value in state.items()}, assign=True)
-    vae.extra = extra
-    return vae
-
-
-def compare(path: Path, vae: VideoVAE, state: dict[str, Any]) -> None:
-    """Raise CheckpointError, with the keys, unless names and shapes are exactly the model's."""
-    own = vae.state_dict()
-    missing = [key for key in own if key not in state]
-    surplus = [key for key in state if key not in own]
-    shapes = {key: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in state.items()}
-    wrong = [
-        f"{key} {shapes[key]}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and shapes[key] != tuple(own[key].shape)
-    ]
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", wrong))
-        if keys
-    ]
-    if parts:
-        raise CheckpointError(
-            f"{path}: the weights do not fit {type(vae).__name__}: {'; '.join(parts)}. Use the config they came with."
-        )
-
-
-def save_official(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
-    """Write config.json and diffusion_pytorch_model.safetensors as the official code does; return the directory."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_config(vae, directory)
-    state = official_weights(vae, vae.state_dict())
-    replace(directory / SAFETENSORS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    return directory
-
-
-def save_official_ckpt(
-    vae: VideoVAE,
-    path: str | os.PathLike[str],
-    ema: VideoVAE | None = None,
-    step: int = 0,
-    discriminator: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write an official training checkpoint (without optimizers) and config.json beside it.
-
-    The discriminator has its official names, as `read_discriminator` returns it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_config(vae, path.parent)
-    averaged = {} if ema is None else official_weights(ema, dict(ema.named_parameters()), "module.")
-    content = {
-        "epoch": 0,
-        "current_step": step,
-        "optimizer_state": {},
-        "state_dict": {
-            "gen_model": official_weights(vae, vae.state_dict()),
-            "dics_model": dict(discriminator or {}),
-        },
-        "ema_state_dict": averaged,
-        "scaler_state": {},
-        "sampler_state": {},
-    }
-    replace(path, lambda temporary: torch.save(content, temporary))
-    return path
-
-
-def official_weights(vae: VideoVAE, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Return tensors of a model under their official names."""
-    own = vae.official_prefix
-    return {prefix + key.removeprefix(own): value.detach().cpu().contiguous() for key, value in tensors.items()}
-
-
-def write_config(vae: VideoVAE, directory: Path) -> None:
-    """Write the official config.json."""
-    text = json.dumps(vae.official_config(), indent=2, sort_keys=True) + "\n"
-    replace(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then move it there: a reader sees the old one or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, short."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -21,13 +21,23 @@ from praxino.errors import ConfigError, PraxinoError
 
 # keys that name something which must exist before a task begins
 PATHS = {
-    "train": ("data.root", "data.val_root", "weights"),
+    "train": ("data.root", "data.val_root", "weights", "data.text"),
     "evaluate": ("vae", "data.root", "real", "fake"),
     "reconstruct": ("vae", "input"),
     "encode": ("vae", "data.root"),
+    "sample": ("ckpt", "vae", "text"),
+    "predict": ("ckpt", "input", "vae", "text"),
     "make_data": (),
     "convert": ("vae", "encoder", "decoder", "config"),
+    "plot": ("run",),
+    "make_video": ("input",),
+    "import_config": ("input",),
+    "params": (),
+    "embed_text": ("captions", "encoder", "videos"),
+    "doctor": ("vae", "data.root"),
+    "pipeline": ("data.root", "data.val_root"),
 }
+FIRST = {"import_config": "input"}  # the key of a bare first word on the command line
 
 
 def command(name: str) -> Callable[[], None]:
@@ -41,6 +51,7 @@ def command(name: str) -> Callable[[], None]:
         errors.clear()
         running.clear()
         try:
+            name_first(FIRST.get(name))
             check_flags()
             compose = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
             try:
@@ -104,6 +115,13 @@ def check_flags() -> None:
     sys.argv[1:] = [*settings, *flags]
 
 
+def name_first(key: str | None) -> None:
+    """Let `FILE key=value` be written for `key=FILE key=value`, where a task has such a key."""
+    if key and len(sys.argv) > 1 and not sys.argv[1].startswith("-") and "=" not in sys.argv[1]:
+        quoted = sys.argv[1].replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv[1] = f"{key}='{quoted}'"
+
+
 def must_exist(name: str, cfg: DictConfig) -> list[str]:
     """Return the keys of a task that name something to be read; synthetic data is made where it is missing."""
     made = str(OmegaConf.select(cfg, "data._target_")).endswith("SyntheticData")
@@ -115,6 +133,13 @@ def missing_path(key: str, cfg: DictConfig) -> str | None:
     value = OmegaConf.select(cfg, key)
     if value is None:
         return None
+    if OmegaConf.is_list(value) and all(isinstance(item, str) for item in value):
+        return next((problem for item in value if (problem := missing(key, item))), None)
+    return missing(key, value)
+
+
+def missing(key: str, value: Any) -> str | None:
+    """Return what is wrong with one path."""
     if not isinstance(value, str):
         return f"{key}: {value!r} is not a path"
     path = Path(value).expanduser()
@@ -194,5 +219,14 @@ train = command("train")
 evaluate = command("evaluate")
 reconstruct = command("reconstruct")
 encode = command("encode")
+sample = command("sample")
+predict = command("predict")
 make_data = command("make_data")
 convert = command("convert")
+plot = command("plot")
+make_video = command("make_video")
+import_config = command("import_config")
+params = command("params")
+embed_text = command("embed_text")
+doctor = command("doctor")
+pipeline = command("pipeline")

@@ -13,7 +13,7 @@ from rich.console import Console
 from praxino import video
 from praxino.callbacks import media, progress
 from praxino.callbacks.guard import FiniteGuard
-from praxino.callbacks.media import Media, side_by_side
+from praxino.callbacks.media import Media, error, side_by_side
 from praxino.callbacks.progress import Progress
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.callbacks.throughput import Throughput
@@ -121,10 +121,10 @@ def test_media_of_the_same_samples_each_time(tmp_path):
 
 def test_side_by_side_shows_the_error():
     x, y = torch.zeros(3, 2, 8, 8), torch.full((3, 2, 8, 8), 0.25)
-    shown = side_by_side(x, y, gain=4)
+    shown = side_by_side(x, y, error(x, y, gain=4))
     assert shown.shape == (2, 8, 24, 3)
     assert [shown[0, 0, column, 0].item() for column in (0, 8, 16)] == [128, 159, 128]
-    assert side_by_side(x, x, 4)[0, 0, 16, 0].item() == 0
+    assert side_by_side(x, x, error(x, x, 4))[0, 0, 16, 0].item() == 0
 
 
 def test_media_that_fail_do_not_end_the_run(tmp_path, monkeypatch, caplog):

@@ -134,8 +134,24 @@ def test_target_appears_complete(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["a.mp4"]
 
 
+@pytest.mark.parametrize("size", [(64, 80), (63, 81)])
+def test_vp9(size: tuple[int, int], tmp_path: Path) -> None:
+    video = smooth(6, *size)
+    path = write(tmp_path / "a.webm", video, 12, quality=10)
+    info = probe(path, index_dir=None)
+    assert (info.frames, info.height, info.width, info.fps, info.codec) == (6, *size, 12, "vp9")
+    assert psnr(read(path, index_dir=None), video) > 38
+
+
 def test_wrong_requests(tmp_path: Path) -> None:
-    for name, codec in (("a.webm", None), ("a.png", None), ("a.mp4", "gif"), ("a.gif", "h264"), ("frames", "lossless")):
+    for name, codec in (
+        ("a.ogv", None),
+        ("a.webm", "h264"),
+        ("a.png", None),
+        ("a.mp4", "gif"),
+        ("a.gif", "h264"),
+        ("frames", "lossless"),
+    ):
         with pytest.raises(ValueError, match="cannot hold"):
             Writer(tmp_path / name, 25, codec)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="CRF"):

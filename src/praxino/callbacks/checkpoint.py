@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -10,15 +11,17 @@ import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from praxino import shards
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
-from praxino.models.vae import describe
+from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +62,47 @@ class DurableIO(TorchCheckpointIO):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def save_shards(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """Write a checkpoint with shards as a directory, from all ranks together; the first one moves it in place."""
+        self.failure = None
+        target, rank, world = Path(path), dist.get_rank(), dist.get_world_size()
+        temporary = target.with_name(f"{TEMPORARY}{target.name}")
+        plain, rows = shards.split(checkpoint)
+        steps = (
+            lambda: _make_empty(temporary) if rank == 0 else None,
+            lambda: _sync_file(shards.write_rows(rows, temporary, rank, world)),
+            lambda: _finish(temporary, target, plain, world) if rank == 0 else None,
+        )
+        for step in steps:
+            try:
+                step()
+            except OSError as error:
+                self.failure = error
+            except RuntimeError as error:  # the writers of torch and safetensors, when the disk under them fails
+                self.failure = OSError(errno.EIO, str(error).splitlines()[0], str(target))
+            failures: list[Any] = [None] * world
+            dist.all_gather_object(failures, None if self.failure is None else str(self.failure))
+            if reasons := [reason for reason in failures if reason is not None]:
+                self.failure = self.failure or OSError(errno.EIO, reasons[0], str(target))
+                break
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = True, place: Any = None
+    ) -> dict[str, Any]:
+        """Read a file, or a directory of shards (see `shards.read`), tensors on the CPU; nothing in it is executed."""
+        if Path(path).is_dir():
+            return shards.read(Path(path), place)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
 
 class Checkpoint(pl.callbacks.Checkpoint):
     """Save `step-XXXXXXXX.ckpt` at the end of a step: every `every` steps, every `minutes`, and when training ends.
 
     A checkpoint resumes training exactly, and rebuilds its model alone: its block `praxino` names class and config.
     Files later than the step at which training begins are another future: they are moved to `superseded/`.
-    The module must have `net`, the counter `step`, and `boundary`, true where no gradients are waiting.
+    The module must have `describe()`, the counter `step`, and `boundary`, true where no gradients are waiting.
 
     Args:
         directory: of the checkpoints.
@@ -73,6 +110,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         minutes: of wall-clock time between saves; None for none.
         keep: the newest saves that stay, None for all; an old one goes only after a new one was read back.
         config: the resolved configuration of the run, as plain data, to lie in the file.
+        monitor: a metric of validation, measured with the averaged weights where there are any; the best checkpoint so
+            far is `best.ckpt`, and `best.json` says what it reached. None keeps none.
+        mode: whether the smallest (`min`) or the largest (`max`) value is the best.
     """
 
     def __init__(
@@ -82,11 +122,15 @@ class Checkpoint(pl.callbacks.Checkpoint):
         minutes: float | None = None,
         keep: int | None = 3,
         config: dict[str, Any] | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         if any(value is not None and value <= 0 for value in (every, minutes, keep)):
             raise ConfigError(f"checkpoint every={every}, minutes={minutes}, keep={keep} must be positive or null")
         self.directory = Path(directory)
         self.every, self.minutes, self.keep, self.config = every, minutes, keep, config
+        self.monitor, self.mode = monitor, mode
+        self.best: float | None = None
         self.failures = 0  # saves in a row that failed
         self._saved = -1  # step of the last save
         self._time = time.monotonic()
@@ -106,7 +150,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
                 error = reason
             else:
                 for stale in self.directory.glob(f"{TEMPORARY}*"):
-                    stale.unlink(missing_ok=True)
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         error = trainer.strategy.broadcast(error)
         if error is not None:
             raise error
@@ -138,6 +182,36 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if pl_module.step != self._saved:
             self.save(trainer, pl_module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save `best.ckpt` where the metric is better than ever, of a training that runs."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.monitor not in pl_module.latest:
+            known = ", ".join(sorted(name for name in pl_module.latest if name.startswith("val/")))
+            raise ConfigError(
+                f"checkpoint monitor={self.monitor} is not measured by the validation: use one of {known}"
+            )
+        value = trainer.strategy.broadcast(pl_module.latest[self.monitor])
+        better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
+        if better and pl_module.boundary:
+            self.best = value
+            if self._write(trainer, pl_module, self.directory / "best.ckpt") and trainer.is_global_zero:
+                note = {"step": pl_module.step, self.monitor: value}
+                (self.directory / "best.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint, the same wherever the run lies."""
+        return "Checkpoint" if self.monitor is None else f"Checkpoint({self.monitor})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far, where one is looked for."""
+        return {} if self.best is None else {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best value so far."""
+        self.best = state_dict.get("best")
+
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Give the directory free."""
         self._release()
@@ -148,7 +222,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the block from which the model can be rebuilt."""
-        checkpoint["praxino"] = {**describe(pl_module.net), "config": self.config, "step": pl_module.step}
+        checkpoint["praxino"] = {**pl_module.describe(), "config": self.config, "step": pl_module.step}
 
     def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save now, on all ranks; training goes on when the disk fails, until it has failed three times.
@@ -157,21 +231,31 @@ class Checkpoint(pl.callbacks.Checkpoint):
             NonFiniteError: the weights hold NaN or infinity; nothing is written.
             StorageError: the third failure in a row.
         """
-        ema = pl_module.__dict__.get("ema_net")
-        _check_finite([*pl_module.parameters(), *(ema.parameters() if ema is not None else ())], pl_module.step)
         path = self.directory / f"step-{pl_module.step:08d}.ckpt"
+        saved = self._write(trainer, pl_module, path)
+        self._saved, self._time = pl_module.step, time.monotonic()
+        if saved and trainer.is_global_zero:
+            self._prune(path)
+
+    def _write(self, trainer: pl.Trainer, pl_module: Any, path: Path) -> bool:
+        """Write a checkpoint on all ranks; return whether that worked."""
+        ema = pl_module.__dict__.get("ema_net")
+        weights = [*pl_module.parameters(), *(ema.parameters() if ema is not None else ())]
+        if not trainer.strategy.reduce_boolean_decision(_all_finite(weights), all=True):
+            raise NonFiniteError(
+                f"the weights are not finite after step {pl_module.step}, nothing was saved: "
+                "resume from the last checkpoint with a lower learning rate"
+            )
         trainer.save_checkpoint(path, weights_only=False)
         failure = trainer.strategy.broadcast(None if self._io.failure is None else str(self._io.failure))
-        self._saved, self._time = pl_module.step, time.monotonic()
         if failure is None:
             self.failures = 0
-            if trainer.is_global_zero:
-                self._prune(path)
-            return
+            return True
         self.failures += 1
         log.error("CHECKPOINT NOT SAVED (%d in a row), training goes on: %s", self.failures, failure)
         if self.failures >= 3:
             raise StorageError(f"checkpoints cannot be written to {self.directory}: {failure}")
+        return False
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         if self.minutes is None:
@@ -185,7 +269,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if self.keep is not None:
             older = sorted((p for p in self.directory.glob(PATTERN) if p.name < newest.name), reverse=True)
             for path in older[self.keep - 1 :]:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _supersede(self, step: int) -> None:
         later = [p for p in self.directory.glob(PATTERN) if p.name > f"step-{step:08d}.ckpt"]
@@ -253,18 +337,47 @@ def lock(directory: Path) -> IO[str]:
 def _check_space(directory: Path) -> None:
     """Raise OSError before a write that would fill the disk, judged by the newest checkpoint."""
     newest = max(directory.glob(PATTERN), default=None)
-    if newest is not None and shutil.disk_usage(directory).free < 1.2 * newest.stat().st_size:
+    if newest is None:
+        return
+    size = sum(path.stat().st_size for path in ([newest] if newest.is_file() else newest.iterdir()))
+    if shutil.disk_usage(directory).free < 1.2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
-def _check_finite(tensors: Iterable[Tensor], step: int) -> None:
-    """Raise NonFiniteError where a tensor holds NaN or infinity."""
-    finite = [t.detach().isfinite().all() for t in tensors]
-    if finite and not bool(torch.stack(finite).all()):
-        raise NonFiniteError(
-            f"the weights are not finite after step {step}, nothing was saved: "
-            "resume from the last checkpoint with a lower learning rate"
-        )
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether no tensor, or this rank's part of it, holds NaN or infinity."""
+    finite = [local(t.detach()).isfinite().all() for t in tensors]
+    return not finite or bool(torch.stack(finite).all())
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    _check_space(directory.parent)
+
+
+def _finish(temporary: Path, target: Path, plain: Any, world: int) -> None:
+    """Complete a directory of shards and move it to its place; what was there goes first."""
+    torch.save(plain, temporary / shards.META)
+    _sync_file(temporary / shards.META)
+    shards.finish(temporary, world)
+    _sync_file(temporary / shards.COMPLETE)
+    _sync_directory(temporary)
+    if (fault := shards.fault(temporary)) is not None:
+        raise OSError(errno.EIO, fault, str(temporary))
+    if target.exists():
+        old = target.with_name(f"{TEMPORARY}old-{target.name}")
+        os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        os.replace(temporary, target)
+    _sync_directory(target.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

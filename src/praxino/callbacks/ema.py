@@ -1,6 +1,5 @@
 """An exponential moving average of the weights, kept beside them."""
 
-import copy
 import logging
 from typing import Any
 
@@ -9,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from praxino.errors import ConfigError
+from praxino.lit.fsdp import load_weights
+from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
 
 
 class EMA(pl.Callback):
     """Average the weights of `pl_module.net` into a frozen copy, `pl_module.ema_net`, which validation uses.
+
+    Of a network in shards the copy lies in the same shards, and each rank averages its own.
 
     The copy lies outside of the module tree: it is never trained, wrapped or swapped in place. A checkpoint holds it as
     `ema`: `{"decay", "updates", "weights"}`. The module must have `net` and the counter `step`.
@@ -35,12 +38,15 @@ class EMA(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Copy the network, or take the average of the checkpoint."""
-        net = copy.deepcopy(pl_module.net).requires_grad_(False).eval()
+        pl_module.__dict__["ema_net"] = pl_module.copy_net().requires_grad_(False).eval()
+        self._go_on(pl_module)
+
+    def _go_on(self, pl_module: Any) -> None:
+        """Take the average of the checkpoint, if there is one."""
         if self._loaded is not None:
-            net.load_state_dict(self._loaded["weights"])
+            load_weights(pl_module.ema_net, self._loaded["weights"])
             self.updates = self._loaded["updates"]
             self._loaded = None
-        pl_module.__dict__["ema_net"] = net
         self._step = pl_module.step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -60,7 +66,7 @@ class EMA(pl.Callback):
         """Move the average towards the weights; copy the buffers."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.ramp else self.decay
         self.updates += 1
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+        torch._foreach_lerp_([local(p) for p in average.parameters()], [local(p) for p in net.parameters()], 1 - decay)
         targets: list[Tensor] = list(average.buffers())
         if targets:
             torch._foreach_copy_(targets, list(net.buffers()))
@@ -72,10 +78,14 @@ class EMA(pl.Callback):
             checkpoint["ema"] = {"decay": self.decay, "updates": self.updates, "weights": weights}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the average until the network is on its device."""
+        """Keep the average until the network is on its device; of one in shards, which already is, take it now."""
         self._loaded = checkpoint.get("ema")
         if self._loaded is None:
             log.warning("the checkpoint holds no EMA: the average begins with its weights")
+        if "ema_net" in pl_module.__dict__:
+            if self._loaded is None:
+                load_weights(pl_module.ema_net, pl_module.net.state_dict())
+            self._go_on(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Follow the module back to the CPU."""

@@ -21,7 +21,8 @@ COLUMNS = 6  # frames of a video on the sheet
 class Media(pl.Callback):
     """Write the first `videos` validation samples to `directory/step-XXXXXXXX`, and pass them on to the loggers.
 
-    A video shows input | reconstruction | error; the sheet `sheet.png` a few frames of each. A failure is a warning.
+    A video shows input | reconstruction | error, or the "panels" that the module's validation step returns for so many
+    samples as its `previews` says; the sheet `sheet.png` a few frames of each. A failure is a warning.
 
     Args:
         directory: of the media.
@@ -35,11 +36,12 @@ class Media(pl.Callback):
             raise ConfigError(f"media videos={videos}, gain={gain} and fps={fps} must be positive")
         self.directory = Path(directory)
         self.videos, self.gain, self.fps = videos, gain, fps
-        self._samples: list[tuple[Tensor, float]] = []  # uint8 (T, H, 3W, 3) and its rate
+        self._samples: list[tuple[Tensor, float]] = []  # uint8 (T, H, n W, 3) and its rate
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin anew."""
         self._samples = []
+        pl_module.previews = self.videos
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -47,10 +49,13 @@ class Media(pl.Callback):
         """Keep the first samples, as they will be shown."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        rates = batch["fps"].tolist() if "fps" in batch else [self.fps] * len(outputs["input"])
-        for x, y, fps in zip(outputs["input"], outputs["recon"], rates, strict=True):
+        rates = batch["fps"].tolist() if "fps" in batch else [self.fps] * len(batch["index"])
+        strips = outputs.get("panels")
+        if strips is None:
+            strips = [[x, y, error(x, y, self.gain)] for x, y in zip(outputs["input"], outputs["recon"], strict=True)]
+        for panels, fps in zip(strips, rates, strict=False):  # a module may show less than a batch
             if len(self._samples) < self.videos:
-                self._samples.append((side_by_side(x, y, self.gain), float(fps) or self.fps))
+                self._samples.append((side_by_side(*panels), float(fps) or self.fps))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the files."""
@@ -70,11 +75,14 @@ class Media(pl.Callback):
         self._samples = []
 
 
-def side_by_side(x: Tensor, y: Tensor, gain: float) -> Tensor:
-    """Join input, reconstruction and `gain` times their error: `(C, T, H, W)` in [-1, 1] to uint8 `(T, H, 3W, C)`."""
-    x, y = x.float(), y.float().clamp(-1, 1)
-    error = (gain * (y - x).abs() - 1).clamp(-1, 1)
-    return to_uint8(torch.cat([x, y, error], dim=-1)).cpu()
+def error(x: Tensor, y: Tensor, gain: float) -> Tensor:
+    """Return `gain` times the error of a reconstruction as a video, black where there is none."""
+    return (gain * (y.float().clamp(-1, 1) - x.float()).abs() - 1).clamp(-1, 1)
+
+
+def side_by_side(*panels: Tensor) -> Tensor:
+    """Join videos `(C, T, H, W)` in [-1, 1] to uint8 `(T, H, n W, C)`."""
+    return to_uint8(torch.cat([panel.float().clamp(-1, 1) for panel in panels], dim=-1)).cpu()
 
 
 def contact_sheet(videos: list[Tensor]) -> Tensor:

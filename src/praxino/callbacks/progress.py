@@ -16,6 +16,8 @@ from praxino.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+SCORES = ("val/psnr", "val/ssim", "val/loss_free", "val/loss_context")  # of a validation, those that there are
+
 
 class Progress(ProgressBar):
     """Show steps, loss, PSNR, clips a second and the share of the time that waits for data, on rank 0.
@@ -83,9 +85,7 @@ class Progress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Show the result in a line that stays."""
-        scores = [
-            f"{name} {pl_module.latest[name]:.4f}" for name in ("val/psnr", "val/ssim") if name in pl_module.latest
-        ]
+        scores = [f"{name} {pl_module.latest[name]:.4f}" for name in SCORES if name in pl_module.latest]
         if self._enabled and scores and not trainer.sanity_checking:
             log.info("step %d: %s", pl_module.step, ", ".join(scores))
         if self._bar is not None:
@@ -137,6 +137,7 @@ def describe(pl_module: Any) -> str:
         ("train/loss", lambda v: f"loss {v:.4f}"),
         ("train/psnr", lambda v: f"psnr {v:.2f}"),
         ("val/psnr", lambda v: f"val {v:.2f}"),
+        ("train/mfu", lambda v: f"mfu {v:.0%}"),
         ("train/clips_per_second", lambda v: f"{v:.3g} clips/s"),
         ("train/data_wait", lambda v: f"data wait {v:.0%}"),
     )

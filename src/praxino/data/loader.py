@@ -3,17 +3,17 @@
 import gc
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from praxino.data.plan import BatchPlan, Key
 from praxino.data.pool import start_method
 from praxino.data.report import append_lines
-from praxino.data.videos import Failure, Sample, VideoClips, collate
+from praxino.data.videos import Failure, Sample, collate
 from praxino.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -96,11 +96,12 @@ class PlannedLoader(DataLoader):
         pin: copy batches into page-locked memory, for an accelerator.
         timeout: seconds to wait for a batch from the workers, after which the run ends with a DataError.
         context: how workers start; None for fork on Linux, spawn elsewhere.
+        collate: makes a batch of samples; what `FailureLog.judge` takes out of it is in there.
     """
 
     def __init__(
         self,
-        clips: VideoClips,
+        clips: Dataset,
         plan: BatchPlan,
         failures: FailureLog,
         *,
@@ -109,6 +110,7 @@ class PlannedLoader(DataLoader):
         pin: bool = False,
         timeout: float = 300.0,
         context: Context | None = None,
+        collate: Callable[[list[Sample]], Sample] = collate,
     ) -> None:
         self.plan, self.failures = plan, failures
         self.order = _Order(plan)

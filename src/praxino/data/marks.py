@@ -3,17 +3,26 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from praxino.data.scan import Entry
-
 LISTED = 200_000  # files; each takes 16 bytes in the checkpoint
 
 
-def marks(entries: Sequence[Entry]) -> Tensor | None:
+class Listed(Protocol):
+    """A file of a list: its path, and a stamp that changes with its content."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def stamp(self) -> str: ...
+
+
+def marks(entries: Sequence[Listed]) -> Tensor | None:
     """Return short hashes of path and stamp of each file, int64 `(N, 2)`; None for more files than `LISTED`."""
     if len(entries) > LISTED:
         return None
@@ -23,7 +32,7 @@ def marks(entries: Sequence[Entry]) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).reshape(-1, 2).copy())
 
 
-def compare(before: Tensor | None, entries: Sequence[Entry]) -> str:
+def compare(before: Tensor | None, entries: Sequence[Listed]) -> str:
     """Count the files that came, went and changed since `before` was taken by `marks`."""
     now = marks(entries)
     if before is None or now is None:

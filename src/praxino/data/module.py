@@ -1,32 +1,27 @@
-"""The datamodule: scan, split, plan and load, and the state that makes a resume exact."""
+"""The datamodules of videos: scan, split, read; those of files and of moving shapes."""
 
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import lightning.pytorch as pl
-
+from praxino.data.base import PlannedData
 from praxino.data.clips import ClipSampler, Short
-from praxino.data.loader import Context, FailureLog, PlannedLoader, ResumableLoader
-from praxino.data.marks import compare, marks
-from praxino.data.plan import BatchPlan
-from praxino.data.scan import fingerprint
+from praxino.data.loader import Context
 from praxino.data.synthetic import make_dataset
 from praxino.data.transforms import Mode, Resize
 from praxino.data.usable import Usable, find_usable, split, spread, without, write_report
-from praxino.data.videos import VideoClips
-from praxino.errors import ConfigError, DataError, PraxinoError, StorageError
+from praxino.data.videos import VideoClips, collate
+from praxino.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-class VideoData(pl.LightningDataModule):
+class VideoData(PlannedData[Usable]):
     """Clips of the videos of a directory tree: batches with uint8 `video` `(B, T, H, W, 3)`.
 
-    The trainer needs `use_distributed_sampler=False`: the plan deals the clips to the ranks. A batch also holds `path`
-    (relative), `index` (of the video), `repeat` (above 0 for a clip that fills up a validation batch and must not be
-    counted), `epoch`, `start` (first frame) and `fps`.
+    A batch also holds `path` (relative), `index` (of the video), `repeat` (above 0 for a clip that fills up a
+    validation batch and must not be counted), `epoch`, `start` (first frame) and `fps`.
 
     Args:
         root: directory of the training videos.
@@ -47,6 +42,8 @@ class VideoData(pl.LightningDataModule):
         timeout: seconds to wait for a batch, and to probe a file.
         context: how workers start; None for fork on Linux, spawn elsewhere.
     """
+
+    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -80,22 +77,20 @@ class VideoData(pl.LightningDataModule):
         timeout: float = 300.0,
         context: Context | None = None,
     ) -> None:
-        super().__init__()
-        self.prepare_data_per_node = False
-        for name, value, least in (
-            ("batch", batch, 1),
-            ("val_batch", val_batch, 1),
-            ("val_limit", val_limit, 1),
-            ("prefetch", prefetch, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"data.{name}={value}: use at least {least}.")
-        for name, value in (("workers", workers), ("seed", seed)):
-            if value < 0:
-                raise ConfigError(f"data.{name}={value}: use 0 or more.")
-        for name, share in (("val_fraction", val_fraction), ("max_bad", max_bad)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"data.{name}={share}: use a share from 0 to below 1.")
+        super().__init__(
+            batch=batch,
+            val_batch=val_batch,
+            workers=workers,
+            prefetch=prefetch,
+            seed=seed,
+            val_fraction=val_fraction,
+            val_limit=val_limit,
+            max_bad=max_bad,
+            on_change=on_change,
+            timeout=timeout,
+            context=context,
+            rejected=rejected,
+        )
         try:
             self.clips = ClipSampler(frames, stride, random_stride, fps, short, "random")
             self.val_clips = ClipSampler(frames, stride, random_stride, fps, short, val_where)
@@ -104,45 +99,8 @@ class VideoData(pl.LightningDataModule):
         except ValueError as error:
             raise ConfigError(f"data: {error}") from error
         self.root, self.val_root = root, val_root
-        self.batch, self.val_batch, self.seed = batch, val_batch or batch, seed
-        self.workers, self.prefetch, self.timeout, self.context = workers, prefetch, timeout, context
-        self.val_fraction, self.val_limit = val_fraction, val_limit
         self.images, self.follow_links, self.scan_workers = images, follow_links, scan_workers
-        self.cache_dir, self.max_bad, self.on_change = cache_dir, max_bad, on_change
-        self.rejected = None if rejected is None else Path(rejected)
-        self.found: tuple[Usable, Usable] | None = None
-        self._error: PraxinoError | None = None
-        self._state: dict[str, Any] | None = None
-        self._loader: ResumableLoader | None = None
-        self._open: list[PlannedLoader] = []
-
-    # What there is
-
-    def prepare_data(self) -> None:
-        """Scan on the first rank, while the others wait without a time limit; `setup` tells all of an error."""
-        self._attempt()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Give every rank the list of the first one; raises DataError on all of them where nothing is usable."""
-        if self.found is not None and self.trainer is None:
-            return
-        if self._rank_and_world()[0] == 0:
-            self._attempt()
-        outcome = self._error or self.found
-        if self.trainer is not None:
-            outcome = self.trainer.strategy.broadcast(outcome, src=0)
-        if isinstance(outcome, PraxinoError):
-            raise outcome
-        self.found = outcome
-
-    def _attempt(self) -> None:
-        if self.found is None and self._error is None:
-            try:
-                self.found = self.find()
-            except PraxinoError as error:
-                self._error = error
-            except OSError as error:
-                self._error = StorageError(f"cannot write {error.filename}: {error.strerror}")
+        self.cache_dir = cache_dir
 
     def find(self) -> tuple[Usable, Usable]:
         """Scan and split: the videos of training and of validation."""
@@ -183,25 +141,9 @@ class VideoData(pl.LightningDataModule):
             cache_dir=self.cache_dir,
         )
 
-    # What is loaded
-
-    def train_dataloader(self) -> ResumableLoader:
-        if self.trainer is not None and self.trainer.world_size > 1 and self._replaces_samplers():
-            raise ConfigError("trainer.use_distributed_sampler must be false: the data module deals the clips itself.")
-        loader = self._make(ResumableLoader, 0, self.batch)
-        if self._state is not None:
-            loader.load_state_dict(self._state)
-            self._state = None
-        self._loader = loader
-        return loader
-
-    def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
-        """Load the same clips every time; ranks get equally many, the last ones perhaps with `repeat` above 0."""
-        return self._make(PlannedLoader, 1, self.val_batch) if self._parts()[1].entries else []
-
-    def _make(self, kind: type[Any], part: Literal[0, 1], batch: int) -> Any:
-        tree, training = self._parts()[part], part == 0
-        clips = VideoClips(
+    def dataset(self, tree: Usable, training: bool) -> VideoClips:
+        """Read clips of videos; the validation is neither random nor shuffled."""
+        return VideoClips(
             tree.root,
             tree.entries,
             self.clips if training else self.val_clips,
@@ -210,68 +152,6 @@ class VideoData(pl.LightningDataModule):
             shuffle=training,
             index_dir=None if self.cache_dir is None else Path(self.cache_dir).expanduser() / "index",
         )
-        rank, world = self._rank_and_world()
-        plan = BatchPlan(
-            len(tree.entries), batch, seed=self.seed, rank=rank, world=world, shuffle=training, full=training
-        )
-        device = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
-        name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
-        quarantine = None if self.rejected is None else self.rejected.with_name(name)
-        loader = kind(
-            clips,
-            plan,
-            FailureLog(tree.root, quarantine, self.max_bad),
-            workers=self.workers,
-            prefetch=self.prefetch,
-            pin=device == "cuda",
-            timeout=self.timeout,
-            context=self.context,
-        )
-        self._open.append(loader)
-        return loader
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers."""
-        for loader in self._open:
-            loader.close()
-        self._open = []
-
-    def _parts(self) -> tuple[Usable, Usable]:
-        if self.found is None:
-            self.setup()
-        assert self.found is not None
-        return self.found
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _replaces_samplers(self) -> bool:
-        assert self.trainer is not None
-        return self.trainer._accelerator_connector.use_distributed_sampler
-
-    # What a checkpoint holds
-
-    def state_dict(self) -> dict[str, Any]:
-        entries = self._parts()[0].entries
-        state = self._state or (self._loader.state_dict() if self._loader is not None else None)
-        return {"loader": state, "fingerprint": fingerprint(entries), "files": marks(entries), "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint was; raises DataError where the order would not be that of its run."""
-        entries = self._parts()[0].entries
-        changes = []
-        if state["fingerprint"] != fingerprint(entries):
-            changes.append(f"the training files changed ({compare(state['files'], entries)})")
-        if state["seed"] != self.seed:
-            changes.append(f"the seed was {state['seed']} and is {self.seed}")
-        if changes:
-            message = f"{' and '.join(changes)} under {self._parts()[0].root} since the checkpoint was written"
-            if self.on_change == "error":
-                raise DataError(f"{message}. To go on with another order of clips use data.on_change=warn.")
-            log.warning("%s; the order of the clips is another one", message)
-        self._state = state["loader"]
-        if self._loader is not None and self._state is not None:
-            self._loader.load_state_dict(self._state)
 
 
 class SyntheticData(VideoData):

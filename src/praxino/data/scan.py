@@ -7,11 +7,12 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from praxino.data.marks import Listed
 from praxino.data.pool import Lost, cores, run_all
 from praxino.data.report import read_lines, write_lines
 from praxino.errors import ConfigError
@@ -140,7 +141,7 @@ def scan(
     )
 
 
-def fingerprint(entries: list[Entry]) -> str:
+def fingerprint(entries: Sequence[Listed]) -> str:
     """Return the SHA-256 of the sorted paths, sizes and times of change."""
     digest = hashlib.sha256()
     for name, stamp in sorted((os.fsencode(entry.path), entry.stamp) for entry in entries):

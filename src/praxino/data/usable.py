@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from praxino.data.clips import ClipSampler
+from praxino.data.marks import Listed
 from praxino.data.report import write_lines
 from praxino.data.scan import Entry, Manifest, Rejection, scan
 from praxino.errors import DataError
 
 log = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=Listed)
 
 
 @dataclass
@@ -73,7 +77,7 @@ def find_usable(
     return Usable(manifest.root, spread(entries, limit), rejected, notes)
 
 
-def spread(entries: list[Entry], limit: int | None) -> list[Entry]:
+def spread(entries: list[L], limit: int | None) -> list[L]:
     """Keep at most `limit` entries, evenly spread."""
     if limit is None or limit >= len(entries):
         return entries
@@ -122,7 +126,7 @@ def _report(manifest: Manifest, clips: ClipSampler, short: list[Entry]) -> None:
         )
 
 
-def split(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+def split(entries: Sequence[L], fraction: float) -> tuple[list[L], list[L]]:
     """Split into training and validation by a hash of the path, so that new files move no old ones.
 
     With two videos or more, no side is empty unless `fraction` is 0; a lone video is on both sides.

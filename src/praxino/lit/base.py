@@ -1,5 +1,6 @@
 """Manual optimisation that counts its own steps: what the training of every model has in common."""
 
+import copy
 import logging
 import time
 from abc import abstractmethod
@@ -92,9 +93,38 @@ class StepModule(pl.LightningModule):
     def learn(self, batch: dict[str, Any], turn: tuple[str, ...], share: float) -> dict[str, Tensor]:
         """Add `share` of the gradients of a batch to the weights whose turn it is; return the values to log."""
 
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return the "praxino" block of a checkpoint, from which the network can be rebuilt."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Return what is particular of the network, in a few words."""
+
+    @abstractmethod
+    def check_data(self, frames: int, size: Any, batch: int, manifest: Any) -> None:
+        """Raise ConfigError unless clips of the data fit the network.
+
+        Args:
+            frames, size, batch: of clips of video.
+            manifest: of a latent cache, None for videos.
+        """
+
     def turn(self) -> tuple[str, ...]:
         """Return the prefixes of those who learn in this step."""
         return ("",)
+
+    def groups(self, prefix: str) -> list[dict[str, Any]]:
+        """Return one set of weights as the groups of its optimizer."""
+        return parameter_groups(self.learners()[prefix], self.decay)
+
+    def copy_net(self) -> nn.Module:
+        """Return a copy of the network with its weights, to average them into."""
+        return copy.deepcopy(self.net)
+
+    def cost(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Return what a batch is worth, for gauges of the throughput: `clips`, and where it is known more."""
+        return {"clips": len(batch["index"])}
 
     def optimizer_of(self, prefix: str) -> Callable[..., Optimizer]:
         """Return what makes the optimizer of one set of weights."""
@@ -123,10 +153,7 @@ class StepModule(pl.LightningModule):
 
     def _make_optimizers(self) -> list[Optimizer]:
         try:
-            return [
-                self.optimizer_of(prefix)(parameter_groups(weights, self.decay))
-                for prefix, weights in self.learners().items()
-            ]
+            return [self.optimizer_of(prefix)(self.groups(prefix)) for prefix in self.learners()]
         except ValueError as error:  # torch checks the ranges: a negative learning rate, betas outside of [0, 1)
             raise ConfigError(f"model.optimizer: {error}") from error
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from praxino.errors import ConfigError
@@ -77,15 +78,103 @@ def parameter_groups(parameters: list[nn.Parameter], decay: Literal["all", "matr
     ]
 
 
+class MuonAdamW(Optimizer):
+    """Muon for the matrices of the blocks, AdamW for everything else, behind one optimizer.
+
+    Muon takes the two-dimensional weights of the groups marked `hidden` (`block_groups`); its update is scaled to the
+    size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate fits both.
+
+    Args:
+        params: weights or groups.
+        lr, betas, eps, weight_decay: of AdamW; `lr` and `weight_decay` also of Muon.
+        momentum: of Muon.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        given, self.param_groups = self.param_groups, []
+        adamw: list[dict[str, Any]] = []
+        muon: list[dict[str, Any]] = []
+        for group in given:
+            options = {key: value for key, value in group.items() if key != "params"}
+            matrices = [p for p in group["params"] if group.get("hidden") and p.ndim == 2]
+            others = [p for p in group["params"] if not (group.get("hidden") and p.ndim == 2)]
+            muon += [{**options, "params": matrices}] if matrices else []
+            adamw += [{**options, "params": others}] if others else []
+        self.parts: list[Optimizer] = []
+        if muon:
+            self.parts.append(Muon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        if adamw:
+            self.parts.append(AdamW(adamw, betas=betas, eps=eps))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """Let the two optimizers work on this one's groups and state."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of both."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def block_groups(
+    net: nn.Module, blocks: Iterable[nn.Module], decay: Literal["all", "matrices"]
+) -> list[dict[str, Any]]:
+    """Return the trainable weights as `hidden` matrices of the blocks, other matrices and kernels, and vectors.
+
+    The groups fit every optimizer: only `MuonAdamW` looks at the mark. Vectors do not decay with `decay=matrices`.
+    """
+    inside = {p for block in blocks for p in block.parameters() if p.ndim == 2}
+    weights = [p for p in net.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in weights if p in inside], "hidden": True},
+        {"params": [p for p in weights if p not in inside and p.ndim > 1], "hidden": False},
+        {"params": [p for p in weights if p.ndim <= 1], "hidden": False},
+    ]
+    if decay == "matrices":
+        groups[2]["weight_decay"] = 0.0
+    return [group for group in groups if group["params"]]
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together, a scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Return the norm of all gradients together, a scalar; of weights in shards, over the shards of all ranks."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip: float | None) -> None:
     """Scale gradients of the norm `norm` down to `clip` where they are larger; None leaves them."""
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], clip, norm)
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if clip is not None and gradients:
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def norms_by_block(module: nn.Module, depth: int = 2) -> dict[str, float]:

@@ -17,6 +17,31 @@ from praxino.models.vae import VideoVAE
 from praxino.ops.blocks import ResnetBlock
 from praxino.ops.causal import Stream
 
+# dense bf16 operations a second by the makers' data sheets, of the first name that the device's contains
+PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "A6000": 155e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a device, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
 
 def freeze_parts(net: VideoVAE, names: Sequence[str]) -> None:
     """Stop the training of a half, `encoder` or `decoder`, or of weights by the beginning of their names."""
@@ -66,6 +91,18 @@ def checkpoint_blocks(net: nn.Module) -> None:
         raise ConfigError("checkpoint_activations: this network has no residual blocks of ours: leave it off")
     for block in blocks:
         block.forward = partial(recomputed, block.forward)  # type: ignore[method-assign]
+
+
+def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Keep no activations inside these blocks: the backward pass computes them again."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile blocks in place; those of one kind share what is compiled, and the names of their weights stay."""
+    for block in blocks:
+        block.compile()
 
 
 def recomputed(forward: Callable[..., Any], x: Tensor | None, stream: Stream) -> Tensor | None:

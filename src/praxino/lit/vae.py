@@ -20,7 +20,7 @@ from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
 from praxino.losses.vae import VAELoss
 from praxino.metrics.image import WINDOW, psnr, ssim
-from praxino.models.vae import Output, VideoVAE
+from praxino.models.vae import Output, VideoVAE, check_clip, describe
 from praxino.video import to_float
 
 JUDGE = "disc_"  # the prefix of the adversary
@@ -114,6 +114,20 @@ class VAEModule(StepModule):
         """Return the weights of the network and of the adversary."""
         generator = {"": self.net.trainable_parameters()}
         return generator if self.adversary is None else {**generator, JUDGE: list(self.adversary.parameters())}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the "praxino" block of a checkpoint."""
+        return describe(self.net)
+
+    def summary(self) -> str:
+        """Return stride and latent channels."""
+        return f"stride {'x'.join(map(str, self.net.stride))}, {self.net.latent_channels} latent channels"
+
+    def check_data(self, frames: int, size: Any, batch: int, manifest: Any) -> None:
+        """Raise ConfigError unless clips of the data fit the network and its losses."""
+        if manifest is not None:
+            raise ConfigError("data=latents: a video autoencoder learns from videos: use data=video")
+        check_clip(self.net if size is None else self, frames, size, batch)
 
     def optimizer_of(self, prefix: str) -> Callable[..., Optimizer]:
         """Return what makes the optimizer of network or adversary."""

@@ -1,7 +1,7 @@
 """Statistics of latents, per channel, over any number of videos, the same for every batch, order and split."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,6 +46,19 @@ class ChannelStatistics:
             self.count = total
         return self
 
+    def state(self) -> list[Any]:
+        """Return all that it knows as plain data, for `from_state`."""
+        return [self.count, *(value.tolist() for value in (self.mean, self.deviations, self.low, self.high))]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> Self:
+        """Undo `state`, without rounding."""
+        count, *values = state
+        found = cls(len(values[0]))
+        found.count = count
+        found.mean, found.deviations, found.low, found.high = (torch.tensor(v, dtype=torch.float64) for v in values)
+        return found
+
     @property
     def variance(self) -> Tensor:
         """The variance of the values seen, `(C,)`: their mean squared deviation."""
@@ -81,6 +94,15 @@ class LatentStatistics:
         self.noise.merge(other.noise)
         self.kl.merge(other.kl)
         return self
+
+    def state(self) -> list[Any]:
+        """Return all that it knows as plain data, for `from_state`."""
+        return [part.state() for part in (self.means, self.noise, self.kl)]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> Self:
+        """Undo `state`, without rounding."""
+        return cls(*map(ChannelStatistics.from_state, state))
 
     @property
     def count(self) -> int:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -289,6 +289,24 @@ class VideoVAE(nn.Module, ABC):
             std = [1 / v for v in scale]
         pair = torch.tensor([mean, std], dtype=z.dtype, device=z.device)
         return pair[0].view(1, -1, 1, 1, 1), pair[1].view(1, -1, 1, 1, 1)
+
+
+class TakesVideo(Protocol):
+    """A network, or its training, that says which videos it takes."""
+
+    @property
+    def stride(self) -> tuple[int, int, int]: ...
+
+    def check_video(self, shape: Sequence[int]) -> None: ...
+
+
+def check_clip(net: TakesVideo, frames: int, size: Any, batch: int = 1) -> None:
+    """Make sure that clips of the data, of a size in pixels, [height, width] or None for any, fit the model."""
+    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
+    try:
+        net.check_video((batch, 3, frames, height, width))
+    except ValueError as error:
+        raise ConfigError(f"frames={frames} size={size}: {error}") from error
 
 
 def describe(vae: VideoVAE) -> dict[str, Any]:

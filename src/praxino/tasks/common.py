@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -25,9 +27,10 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, StorageError
-from praxino.lit.vae import VAEModule
 from praxino.metrics.image import WINDOW, psnr, ssim
-from praxino.models.vae import VideoVAE
+from praxino.models.vae import VideoVAE, check_clip
+
+__all__ = ["check_clip"]
 
 log = logging.getLogger(__name__)
 
@@ -114,15 +117,6 @@ def make_resize(size: Size) -> Resize:
         raise ConfigError(str(error)) from error
 
 
-def check_clip(net: VideoVAE | VAEModule, frames: int, size: Any, batch: int = 1) -> None:
-    """Make sure that clips of the data fit the model."""
-    height, width = size if isinstance(size, list | tuple) else (size or net.stride[1], size or net.stride[2])
-    try:
-        net.check_video((batch, 3, frames, height, width))
-    except ValueError as error:
-        raise ConfigError(f"frames={frames} size={size}: {error}") from error
-
-
 def load_clips(
     root: str,
     clips: ClipSampler,
@@ -190,6 +184,28 @@ def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[st
 def show(cell: Any) -> str:
     """Return a cell of a table as text."""
     return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else ascii_safe(cell)
+
+
+@contextmanager
+def progress(what: str, total: int, show: bool = True, every: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts things as done: a bar in a terminal, else a log line every so many seconds."""
+    console = Console(stderr=True)
+    if not show or not console.is_terminal:
+        done, told = 0, time.monotonic()
+
+        def count(more: int) -> None:
+            nonlocal done, told
+            done += more
+            if show and time.monotonic() - told >= every:
+                told = time.monotonic()
+                log.info("%s: %d of %d", what, done, total)
+
+        yield count
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:  # no thread beside the workers
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.update(task, advance=more, refresh=True)
 
 
 def ascii_safe(value: Any) -> str:

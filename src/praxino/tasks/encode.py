@@ -1,48 +1,55 @@
-"""Encode: measure the latents of a data set, and store their statistics with the VAE.
+"""Encode: the latents of a data set, their statistics, and a copy of the VAE that holds these.
 
 Statistics are those of samples of the posterior, computed from its means and variances: nothing random is in them.
 """
 
+import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from praxino import checkpoint, stream
+from praxino import checkpoint
 from praxino.config import check_call
 from praxino.data.clips import ClipSampler, Short
+from praxino.data.latents import LatentClip, write_manifest
+from praxino.data.scan import Entry
 from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
-from praxino.errors import ConfigError, DataError, NonFiniteError
-from praxino.metrics.latents import LatentStatistics, double
-from praxino.models.vae import Posterior, VideoVAE
+from praxino.data.videos import VideoClips, collate
+from praxino.errors import ConfigError, DataError
+from praxino.models.vae import VideoVAE
+from praxino.tasks.cache import Workplace, begin, repaired
 from praxino.tasks.common import (
     Precision,
     at_least,
     check_chunk,
     check_clip,
-    load_clips,
     make_directory,
     make_resize,
-    pick_device,
     precision_context,
+    progress,
     show_table,
     versions,
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.reconstruct import fitting_chunk
+from praxino.tasks.parts import Part, batched, cut, due_bytes, fitting, merge, push_size
+from praxino.tasks.ranks import Ranks, launch
 from praxino.tasks.store import fingerprint, place_of, store_statistics
-from praxino.video import DecodeFailure, Video, to_float
+from praxino.video import DecodeFailure, Video
 
 log = logging.getLogger(__name__)
 
-Rejected = list[dict[str, Any]]
+LATENT = "posterior mean and log-variance, bf16; statistics: of samples, in closed form"
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -54,7 +61,8 @@ def encode(
     vae: str,
     data: dict[str, str],
     out: str,
-    stats_only: bool = True,
+    stats_only: bool = False,
+    labels: str | None = None,
     frames: int | None = 17,
     stride: int = 1,
     size: Size = 64,
@@ -63,192 +71,218 @@ def encode(
     batch: int = 1,
     workers: int = 2,
     chunk: int | None = None,
+    shard: int | None = None,
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: Precision = "32",
+    verify: bool = False,
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Measure mean and deviation per latent channel over the videos under `data.root`; store them with the VAE.
+    """Encode the videos under `data.root`; measure mean and deviation per latent channel.
+
+    What is there already is not encoded again: a run that was stopped goes on, a finished one stays. The shards do not
+    depend on the number of processes.
 
     Args:
         vae: whatever `praxino.load` reads.
-        out: gets statistics.json, rejected.jsonl and a copy of the VAE that holds the statistics: `vae.ckpt` of a
-            praxino checkpoint, which still resumes, or the directory `vae` of official files. One of diffusers has no
-            place for them and is not copied.
-        stats_only: true; statistics are all that this version measures.
+        out: gets the cache (see `praxino.data.latents`), statistics.json, rejected.jsonl and a copy of the VAE that
+            holds the statistics: `vae.ckpt` of a praxino checkpoint, which still resumes, or the directory `vae` of
+            official files. One of diffusers has no place for them and is not copied.
+        stats_only: write no latents, and measure anew each time.
+        labels: classes of the videos: `folders` (the first folder below `data.root`), or a CSV file with the columns
+            path and label; None for none.
         frames: frames of each video, from its start; None takes all of them, in constant memory where the VAE streams.
         size: a square of that many pixels, or [height, width], resized and centre-cropped; None keeps the video's own.
             Frames, rows and columns at the end that do not fill a latent are left out where `frames` or `size` is None.
         batch, workers: of the loader; with frames=None videos are read one after the other.
         chunk: frames a push, where the VAE streams; the result does not depend on it. None fits it to the frame.
-        weights: the statistics are those of these weights; the copy holds all.
+        shard: clips of a shard at most, which is what a stopped run may lose; None fits it to the number of videos.
+        weights: the latents are those of these weights; the copy holds all.
+        devices, num_nodes: processes; each encodes shards of its own. torchrun tells them itself.
+        verify: compare the shards of a finished cache with their digests, and encode damaged ones again.
 
     Returns:
         the content of statistics.json.
     """
-    if not stats_only:
-        raise ConfigError("stats_only=false: this version measures the statistics and writes no latents; leave it true")
-    at_least(1, frames=frames, stride=stride, limit=limit, batch=batch, chunk=chunk)
+    at_least(1, frames=frames, stride=stride, limit=limit, batch=batch, chunk=chunk, shard=shard)
+    at_least(1, devices=devices, num_nodes=num_nodes)
     at_least(0, workers=workers)
     resize = make_resize(size)
     if size is None and batch > 1:
         raise ConfigError("size=null keeps the size of every video: use batch=1")
     file, root = checkpoint.locate(vae), data["root"]
-    chosen = pick_device(device)
-    model = checkpoint.load(file, weights=weights, device=chosen)
-    check_chunk(model, chunk)
-    check_clip(model, frames or model.frame_rule[0], size)
-    target = make_directory(out)
-    place = place_of(file, model, target)
-    survey, rejected = Survey(model), []
-    with precision_context(chosen, precision):
-        if frames is None:
-            usable = find_usable(root, ClipSampler(1), cache_dir=cache_dir)
-            rejected += [rejection.to_json() for rejection in usable.rejected]
-            for entry in usable.entries[:limit]:
-                survey_video(survey, Path(root), entry.path, stride, resize, chunk, rejected)
-        else:
-            clips = ClipSampler(frames, stride, short=short, where="start")
-            loader = load_clips(root, clips, resize, limit, batch, workers, cache_dir, rejected)
-            survey_clips(survey, loader, chunk, rejected)
-    write_jsonl(target / "rejected.jsonl", rejected)
-    if not survey.videos:
-        raise DataError(f"no video could be encoded: see {target / 'rejected.jsonl'}")
+    sides = list(size) if isinstance(size, tuple) else size
+    settings: dict[str, Any] = {"frames": frames, "stride": stride, "size": sides, "short": short, "shard": shard}
+    settings |= {"weights": weights, "precision": precision}
+    with ExitStack() as stack:
+        ranks = stack.enter_context(launch(device, devices, num_nodes))
+        model = checkpoint.load(file, weights=weights, device=ranks.device)
+        check_chunk(model, chunk)
+        check_clip(model, frames or model.frame_rule[0], size)
+        target = ranks.on_first(lambda: make_directory(out))
+        place = place_of(file, model, target)
+        clips = ClipSampler(frames or 1, stride, short=short, where="start")
+        usable = ranks.on_first(lambda: find_usable(root, clips, cache_dir=cache_dir))
+        entries = usable.entries[:limit]
+        numbers, classes = ranks.on_first(lambda: read_labels(labels, entries))
+        parts = cut([due_bytes(model, entry, frames, stride, resize) for entry in entries], shard)
+        identity = {"fingerprint": fingerprint(model), "settings": settings, "classes": classes}
+        known = [[entry.path, entry.stamp, number] for entry, number in zip(entries, numbers, strict=True)]
+        work = stack.enter_context(Workplace(target, not stats_only))
+        todo = ranks.on_first(lambda: begin(work, identity, known, len(parts), verify))
+        source = Source(root, entries, numbers, clips if frames else None, stride, resize, batch, workers, chunk)
+        with precision_context(ranks.device, precision):
+            ranks.on_all(lambda: encode_parts(model, source, work, parts, todo[ranks.rank :: ranks.world], ranks))
 
-    result = survey.describe()
-    model.set_statistics(result["mean"], result["std"])
-    if place is not None:
-        store_statistics(file, model, place)
+        def finish() -> dict[str, Any]:
+            """Put the parts together: the copy of the VAE, the statistics, and last the manifest."""
+            if work.latents and work.manifest.exists():
+                return repaired(work, todo)
+            whole, shards = merge(model, (work.load(number) for number in range(len(parts))))
+            rejected = [rejection.to_json() for rejection in usable.rejected] + whole.rejected
+            write_jsonl(target / "rejected.jsonl", rejected)
+            if not whole.clips:
+                work.remove()
+                raise DataError(f"no video could be encoded: see {target / 'rejected.jsonl'}")
+            statistics = whole.figures() | {"rejected": len(rejected)}
+            model.set_statistics(statistics["mean"], statistics["std"])
+            if place is not None:
+                store_statistics(file, model, place)
+            else:
+                log.warning("a VAE of diffusers has no place for statistics: they are in statistics.json alone")
+            protocol = {"root": root, **settings, "limit": limit, "labels": labels, "latent": LATENT}
+            result = statistics | {"stored": None if place is None else str(place), "vae": vae}
+            result |= {"fingerprint": identity["fingerprint"], "protocol": protocol, "versions": versions()}
+            write_atomic(target / "statistics.json", json.dumps(result, indent=2) + "\n")
+            if work.latents:
+                head = identity | {"protocol": protocol, "sources": len(known), "statistics": statistics}
+                head |= {"stride": model.stride, "frame_rule": model.frame_rule, "channels": model.latent_channels}
+                head |= {"vae": None if place is None else place.name, "shards": shards}
+                write_manifest(work.manifest, head, [LatentClip(**clip) for clip in whole.clips])
+            work.remove()
+            report(result, target)
+            return result
+
+        return ranks.on_first(finish)
+
+
+def read_labels(labels: str | None, entries: Sequence[Entry]) -> tuple[list[int | None], list[str] | None]:
+    """Return the class number of each video and the names of the classes, sorted; None where there are none."""
+    if labels is None:
+        return [None] * len(entries), None
+    if labels == "folders":
+        names = {entry.path: Path(entry.path).parts[0] for entry in entries if len(Path(entry.path).parts) > 1}
     else:
-        log.warning("a VAE of diffusers has no place for statistics: they are in statistics.json alone")
-    protocol = {"root": root, "frames": frames, "stride": stride, "size": size, "short": short, "limit": limit}
-    protocol |= {"weights": weights, "precision": precision, "latent": "posterior sample, in closed form"}
-    result |= {"rejected": len(rejected), "stored": None if place is None else str(place)}
-    result |= {"vae": vae, "fingerprint": fingerprint(model), "protocol": protocol, "versions": versions()}
-    write_atomic(target / "statistics.json", json.dumps(result, indent=2) + "\n")
-    report(result, target)
-    return result
+        try:
+            with Path(labels).expanduser().open(newline="", encoding="utf-8") as file:
+                names = {row["path"]: row["label"] for row in csv.DictReader(file)}
+        except (OSError, KeyError, UnicodeDecodeError) as error:
+            raise ConfigError(f"labels={labels}: no CSV file with the columns path and label ({error})") from error
+    if missing := [entry.path for entry in entries if not names.get(entry.path)]:
+        where = "no folder below data.root" if labels == "folders" else "no row"
+        raise ConfigError(f"labels={labels}: {where} for {len(missing)} of {len(entries)} videos, first {missing[0]!a}")
+    classes = sorted({names[entry.path] for entry in entries})
+    return [classes.index(names[entry.path]) for entry in entries], classes
 
 
-class Survey:
-    """What is known of the latents so far, those of the causal first frames apart."""
+@dataclass(frozen=True)
+class Source:
+    """The videos of a list and how they are read; `clips` None: whole."""
 
-    def __init__(self, model: VideoVAE) -> None:
-        self.model, self.weight = model, next(model.parameters())
-        self.videos = self.frames = 0
-        self.first, self.rest = self.empty(), self.empty()
+    root: str
+    entries: list[Entry]
+    labels: list[int | None]
+    clips: ClipSampler | None
+    stride: int
+    resize: Resize
+    batch: int
+    workers: int
+    chunk: int | None
 
-    def empty(self) -> LatentStatistics:
-        return LatentStatistics.empty(self.model.latent_channels)
+    def row(self, place: int, start: int, fps: float) -> dict[str, Any]:
+        """Return what is known of a clip before it is encoded."""
+        entry = self.entries[place]
+        row = {"path": entry.path, "stamp": entry.stamp, "label": self.labels[place]}
+        return row | {"start": start, "fps": fps, "first": True}
 
-    @torch.inference_mode()
-    def add(self, name: str, pieces: Iterable[tuple[Tensor, bool]]) -> None:
-        """Encode videos given in pieces, uint8 `(B, t, H, W, 3)` that fit, each with whether it is the last.
-
-        All of them count, or none where reading them fails midway.
-        """
-        encoder, first, rest = stream.Encoder(self.model), self.empty(), self.empty()
-        videos = frames = 0
-        for piece, final in pieces:
-            posterior = encoder.push(to_float(piece.to(self.weight.device)).to(self.weight.dtype), final)
-            videos, frames = len(piece), frames + piece.shape[0] * piece.shape[1]
-            if posterior is None:
-                continue
-            if not posterior.moments.isfinite().all():
-                raise NonFiniteError(f"the latents of {name!a} are not finite: use precision=32, or another VAE")
-            wide, causal = double(posterior.moments), 0 if first.count else 1  # first latent frames in this piece
-            for statistics, moments in ((first, wide[:, :, :causal]), (rest, wide[:, :, causal:])):
-                part = Posterior(moments)
-                statistics.update(part.mean, part.logvar.exp(), part.kl())
-        self.first.merge(first)
-        self.rest.merge(rest)
-        self.videos, self.frames = self.videos + videos, self.frames + frames
-
-    def describe(self) -> dict[str, Any]:
-        """Return all figures as plain data; lists have an entry per channel."""
-        whole = self.empty().merge(self.first).merge(self.rest)
-        parts = {"first": self.first, "rest": self.rest}
-        return {
-            "mean": whole.mean.tolist(),
-            "std": whole.std.tolist(),
-            "scale": whole.std.reciprocal().tolist(),
-            "shift": whole.mean.tolist(),
-            "videos": self.videos,
-            "frames": self.frames,
-            "latents": whole.count,  # positions in time and space
-            "kl": whole.kl.mean.tolist(),  # nats an element
-            "active": int(whole.active.sum()),
-            "min": whole.means.low.tolist(),  # of the posterior mean
-            "max": whole.means.high.tolist(),
-            "noise_share": whole.noise_share.tolist(),  # of the posterior in the variance
-            **{
-                name: {"mean": part.mean.tolist(), "std": part.std.tolist(), "latents": part.count}
-                if part.count
-                else None
-                for name, part in parts.items()  # the causal first latent frame, and all others
-            },
-        }
+    def load(self, batches: list[list[int]]) -> Iterator[dict[str, Any]]:
+        """Load clips; batches are given by places in the list."""
+        assert self.clips is not None
+        dataset = VideoClips(self.root, self.entries, self.clips, self.resize, tries=0)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=collate)
+        return iter(loader)
 
 
-def survey_clips(survey: Survey, loader: Iterable[dict[str, Any]], chunk: int | None, rejected: Rejected) -> None:
-    """Encode the clips of a loader."""
-    for clips in loader:
-        rejected += [failure.to_json() for failure in clips["failures"]]
-        if "error" in clips:
-            raise DataError(clips["error"])
-        if "video" not in clips:
-            continue
-        video = clips["video"]  # (B, T, H, W, 3)
-        shape = fitting(survey.model, *video.shape[1:4])
-        if 0 in shape:
-            rejected += [too_small(path, *video.shape[2:4]) for path in clips["path"]]
-            continue
-        size = push_size(survey.model, shape, chunk)
-        parts = video[:, :, : shape[1], : shape[2]].split(size, dim=1)
-        survey.add(clips["path"][0], ((part, i == len(parts) - 1) for i, part in enumerate(parts)))
-
-
-def survey_video(
-    survey: Survey, root: Path, name: str, stride: int, resize: Resize, chunk: int | None, rejected: Rejected
+def encode_parts(
+    model: VideoVAE, source: Source, work: Workplace, parts: list[range], mine: list[int], ranks: Ranks
 ) -> None:
+    """Encode the parts of this process, one after the other."""
+    batches = {number: [list(places) for places in batched(parts[number], source.batch)] for number in mine}
+    loader = source.load([places for number in mine for places in batches[number]]) if source.clips and mine else None
+    total = sum(len(parts[number]) for number in mine)
+    what = "encoding" if ranks.world == 1 else f"encoding (process 1 of {ranks.world})"
+    with progress(what, total, show=ranks.rank == 0 and total > 0) as count:
+        for number in mine:
+            with work.writer(number) or nullcontext() as writer:
+                part = Part(model, writer)
+                if loader is None:
+                    for place in parts[number]:
+                        encode_video(part, source, place)
+                        count(1)
+                else:
+                    for clips in islice(loader, len(batches[number])):
+                        encode_clips(part, source, clips)
+                        count(len(clips.get("path", ())) + clips["missing"])
+                work.store(number, part)
+
+
+def encode_clips(part: Part, source: Source, clips: dict[str, Any]) -> None:
+    """Encode a batch of a loader."""
+    part.rejected += [failure.to_json() for failure in clips["failures"]]
+    if "error" in clips:
+        raise DataError(clips["error"])
+    if "video" not in clips:
+        return
+    video = clips["video"]  # (B, T, H, W, 3)
+    shape = fitting(part.model, *video.shape[1:4])
+    if 0 in shape:
+        part.rejected += [too_small(path, *video.shape[2:4]) for path in clips["path"]]
+        return
+    size = push_size(part.model, shape, source.chunk)
+    pieces = video[:, :, : shape[1], : shape[2]].split(size, dim=1)
+    columns = zip(clips["index"].tolist(), clips["start"].tolist(), clips["fps"].tolist(), strict=True)
+    part.add([source.row(*row) for row in columns], ((piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)))
+
+
+def encode_video(part: Part, source: Source, place: int) -> None:
     """Encode all of a video as it is read; one that breaks off does not count."""
+    name, stride = source.entries[place].path, source.stride
     try:
-        with Video(root / name) as video:
+        with Video(Path(source.root) / name) as video:
             info = video.info
-            geometry = None if resize.size is None else resize(info.height, info.width)
+            geometry = None if source.resize.size is None else source.resize(info.height, info.width)
             given = (geometry.height, geometry.width) if geometry else (info.height, info.width)
-            shape = fitting(survey.model, -(-info.frames // stride), *given)
+            shape = fitting(part.model, -(-info.frames // stride), *given)
             if 0 in shape:
-                rejected.append(too_small(name, *given, frames=info.frames))
+                part.rejected.append(too_small(name, *given, frames=info.frames))
                 return
             frames, height, width = shape
-            size, stop = push_size(survey.model, shape, chunk), (frames - 1) * stride + 1
+            size, stop = push_size(part.model, shape, source.chunk), (frames - 1) * stride + 1
 
             def pieces() -> Iterator[tuple[Tensor, bool]]:
                 taken = 0
-                for part in video.chunks(size, 0, stop, stride, geometry):
-                    taken += len(part)
-                    yield part[None, :, :height, :width], taken == frames
+                for piece in video.chunks(size, 0, stop, stride, geometry):
+                    taken += len(piece)
+                    yield piece[None, :, :height, :width], taken == frames
                 if taken < frames:
                     raise DecodeFailure(name, "corrupt", f"{taken} of {frames} frames could be read")
 
-            survey.add(name, pieces())
+            part.add([source.row(place, 0, float(info.fps / stride))], pieces())
     except DecodeFailure as failure:
         log.warning("%s", failure)
-        rejected.append({"path": name, "reason": failure.reason, "detail": failure.detail})
-
-
-def fitting(model: VideoVAE, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Return the largest clip in a video that the model takes, 0 where even its least is larger."""
-    first, step = model.frame_rule
-    fits = first + (frames - first) // step * step if frames >= first else 0
-    return fits, height // model.stride[1] * model.stride[1], width // model.stride[2] * model.stride[2]
-
-
-def push_size(model: VideoVAE, shape: tuple[int, int, int], chunk: int | None) -> int:
-    """Return how many frames go through the encoder at once: all, where it cannot stream."""
-    frames, height, width = shape
-    return (chunk or fitting_chunk(height, width)) if model.streamable else frames
+        part.rejected.append({"path": name, "reason": failure.reason, "detail": failure.detail})
 
 
 def too_small(path: str, height: int, width: int, frames: int | None = None) -> dict[str, Any]:

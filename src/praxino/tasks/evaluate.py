@@ -36,6 +36,7 @@ from praxino.tasks.common import (
     write_atomic,
     write_jsonl,
 )
+from praxino.tasks.compare import compare_sets
 from praxino.video import DecodeFailure, Video, to_float
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def evaluate(
     data: dict[str, str | None] | None = None,
     real: str | None = None,
     fake: str | None = None,
+    paired: bool = True,
     frames: int = 17,
     stride: int = 1,
     size: Size = 64,
@@ -74,6 +76,10 @@ def evaluate(
     decoded posterior mean is clamped to [-1, 1] and not rounded. Two folders are compared as their files decode, all
     frames at their own size. A score of a video is the mean over its frames.
 
+    Args:
+        paired: false: `fake` are videos of their own, such as samples, and `compare_sets` measures how like they are to
+            those under `real`, by a clip of each.
+
     Returns:
         the content of metrics.json: n, mean and std over the videos of each metric, protocol, versions.
     """
@@ -83,6 +89,13 @@ def evaluate(
     if size is None and batch > 1:
         raise ConfigError("size=null keeps the size of every video: use batch=1")
     target, root = make_directory(out), data["root"] if data else None
+    if not paired:
+        if not (real and fake) or vae or root:
+            raise ConfigError(
+                "paired=false compares two folders: give real=DIR fake=DIR, and neither vae nor data.root"
+            )
+        clips = ClipSampler(frames, stride, short=short, where="start")
+        return compare_sets(real, fake, target, clips, resize, limit, batch, workers, cache_dir)
     rejected: Rejected = []
     if vae and root and not (real or fake):
         chosen = pick_device(device)

@@ -1,6 +1,5 @@
 """Store latent statistics with a VAE: copy the files that it came from, with nothing else changed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,26 +9,12 @@ from typing import Any
 import torch
 
 from praxino import checkpoint
-from praxino.checkpoint import CONFIG, INDEX
+from praxino.checkpoint import CONFIG, INDEX, fingerprint
 from praxino.errors import ConfigError, StorageError
 from praxino.models.foreign import ForeignVAE
 from praxino.models.vae import VideoVAE
 
-NORMALISATION = ("scale", "shift")  # of an official config: they say how latents are used, not what they are
-
-
-def fingerprint(vae: VideoVAE) -> str:
-    """Return the SHA-256 of class, configuration and weights: of what decides the latents, whoever stored it where.
-
-    Statistics are not part of it: storing them does not make another VAE.
-    """
-    config = {key: value for key, value in vae.config.items() if key not in NORMALISATION}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+__all__ = ["fingerprint", "is_own", "place_of", "store_statistics"]
 
 
 def place_of(file: Path, vae: VideoVAE, out: Path) -> Path | None:

@@ -20,14 +20,17 @@ from torch import Tensor
 
 from praxino import checkpoint
 from praxino.callbacks.checkpoint import Checkpoint
+from praxino.callbacks.progress import SCORES
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.config import check, instantiate, plain, redacted, report, type_error
 from praxino.data.module import SyntheticData
 from praxino.data.pool import cores
 from praxino.errors import CheckpointError, ConfigError
-from praxino.lit.vae import VAEModule
+from praxino.lit.base import StepModule
 from praxino.models.vae import VideoVAE
-from praxino.tasks.common import check_clip, describe_run, make_directory
+from praxino.shards import is_sharded
+from praxino.tasks.attach import attach, fill_in, keep_vae
+from praxino.tasks.common import describe_run, make_directory
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.data.get("root") is None:
         shapes_instead(cfg)
+    fill_in(cfg)
     check(cfg)
     report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))])
     if cfg.trainer.get("val_check_interval") == 0:
@@ -61,10 +65,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, workers=False, verbose=False)
 
     data = instantiate(cfg.data)
-    model = instantiate(cfg.model)
-    check_clip(model.net if cfg.size is None else model, cfg.frames, plain(cfg.size), cfg.batch)
+    model: StepModule = instantiate(cfg.model)
+    attach(model, cfg, out)
+    model.check_data(cfg.frames, plain(cfg.size), cfg.batch, getattr(data, "manifest", None))
     if cfg.weights is not None:
-        load_weights(model.net, cfg.weights)
+        load_weights(model, cfg.weights)
     if resume is not None:
         check_resume(model, resume)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
@@ -76,7 +81,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.set_num_threads(cfg.threads or spare_threads(trainer.num_devices, cfg.data.get("workers", 0)))
     if trainer.is_global_zero:
         describe_run(cfg, out, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
-        describe_training(model.net, trainer, out, resume)
+        keep_vae(model, out)
+        describe_training(model, trainer, out, resume)
         for logger in extra:
             logger.log_hyperparams(redacted(plain(cfg)))
 
@@ -97,7 +103,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if dist.is_initialized():
         dist.destroy_process_group()  # the next job of a sweep has a group of its own
     if trainer.is_global_zero:
-        scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("val/psnr", "val/ssim") if name in metrics)
+        scores = ", ".join(f"{name} {metrics[name]:.4g}" for name in SCORES if name in metrics)
         log.info("done: step %d%s; everything is in %s", step, f", {scores}" if scores else "", out)
     return {"step": step, **metrics}
 
@@ -131,13 +137,13 @@ def resume_from(ckpt: str | None, out: Path) -> Path | None:
             raise CheckpointError(f"ckpt=last: none of the {len(existing)} files in {out / 'checkpoints'} is sound")
         return found
     path = Path(ckpt).expanduser()
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         raise ConfigError(f"ckpt={ckpt}: no such file; ckpt=last takes the newest of out, a path takes that file")
     checkpoint.verify(path)
     return path
 
 
-def check_resume(model: VAEModule, path: Path) -> None:
+def check_resume(model: StepModule, path: Path) -> None:
     """Make sure that a checkpoint is one of a training, and of this model."""
     content = checkpoint.read(path)
     if "praxino" not in content or "loops" not in content:
@@ -150,16 +156,17 @@ def check_resume(model: VAEModule, path: Path) -> None:
         )
 
 
-def load_weights(net: VideoVAE, path: str) -> None:
-    """Copy the weights of any checkpoint that `praxino.load` reads, all of them and nothing else."""
-    source = checkpoint.load(path).state_dict()
-    target = net.state_dict()
+def load_weights(model: StepModule, path: str) -> None:
+    """Copy the weights of any checkpoint that fits the module's kind, all of them and nothing else."""
+    reader = checkpoint.load if isinstance(model.net, VideoVAE) else lambda path: checkpoint.load_denoiser(path)[0]
+    source = reader(path).state_dict()
+    target = model.net.state_dict()
     if differing := differing_keys(target, source):
         raise ConfigError(
             f"weights={path} do not fit model.net: {len(differing)} of {len(target)} tensors differ, e.g. "
             f"{', '.join(differing[:3])}; choose the model/net that they were trained with"
         )
-    net.load_state_dict(source)
+    model.net.load_state_dict(source)
 
 
 def differing_keys(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
@@ -167,19 +174,11 @@ def differing_keys(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str
     return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or a[key].shape != b[key].shape)
 
 
-def describe_training(net: VideoVAE, trainer: pl.Trainer, out: Path, resume: Path | None) -> None:
+def describe_training(model: StepModule, trainer: pl.Trainer, out: Path, resume: Path | None) -> None:
     """Say in two lines what is about to happen."""
-    count = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    stride = "x".join(map(str, net.stride))
+    count = sum(parameter.numel() for parameter in model.net.parameters() if parameter.requires_grad)
     devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}"
-    log.info(
-        "%s, %.1fM parameters, stride %s, %d latent channels, on %s",
-        type(net).__name__,
-        count / 1e6,
-        stride,
-        net.latent_channels,
-        devices,
-    )
+    log.info("%s, %.1fM parameters, %s, on %s", type(model.net).__name__, count / 1e6, model.summary(), devices)
     steps = "no limit" if trainer.max_steps < 0 or math.isinf(trainer.max_steps) else f"{trainer.max_steps} steps"
     log.info("%s to %s, run directory %s", f"from {resume.name}" if resume else "from the start", steps, out)
 
@@ -193,4 +192,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new

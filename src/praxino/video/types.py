@@ -30,6 +30,7 @@ Reason = Literal[
     "corrupt",  # damaged where it was read
     "mixed_sizes",  # pictures of different size in one sequence
     "several_sequences",  # a folder that holds more than one sequence: name one of them
+    "short",  # fewer frames than are needed
     "timeout",
 ]
 

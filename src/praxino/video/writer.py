@@ -1,4 +1,4 @@
-"""Write videos: H.264, lossless H.264, GIF, or a folder of PNG frames; complete or not at all."""
+"""Write videos: H.264, lossless H.264, VP9, GIF, or a folder of PNG frames; complete or not at all."""
 
 import os
 import shutil
@@ -17,12 +17,14 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from praxino.video.types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-Codec = Literal["h264", "lossless", "gif", "png"]
+Codec = Literal["h264", "lossless", "vp9", "gif", "png"]
 CONTAINERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".avi"})
+ENCODERS = {"h264": "libx264", "lossless": "libx264rgb", "vp9": "libvpx-vp9"}
 BT709, LIMITED = 1, 1  # the same numbers for matrix, primaries and transfer curve
 
 
@@ -42,18 +44,21 @@ class _Sink(Protocol):
     def close(self) -> None: ...
 
 
-class _H264:
+class _Coded:
     """Limited-range BT.709, tagged so; RGB throughout if lossless. Odd sizes keep all of their colour samples."""
 
-    def __init__(self, path: Path, rate: Fraction, height: int, width: int, quality: int, lossless: bool) -> None:
+    def __init__(self, path: Path, rate: Fraction, height: int, width: int, quality: int, codec: Codec) -> None:
+        lossless = codec == "lossless"
         self.container = av.open(str(path), "w")
-        self.stream = self.container.add_stream("libx264rgb" if lossless else "libx264", rate=rate)
+        self.stream: VideoStream = self.container.add_stream(ENCODERS[codec], rate=rate)  # type: ignore[assignment]
         stream, context = self.stream, self.stream.codec_context
         assert isinstance(context, VideoCodecContext)
         stream.width, stream.height = width, height
         odd = height % 2 or width % 2
         stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
         stream.options = {"qp": "0", "preset": "veryfast"} if lossless else {"crf": str(quality)}
+        if codec == "vp9":  # constant quality, in all colours of odd sizes, too
+            stream.options |= {"b": "0", "deadline": "good", "cpu-used": "4", "profile": "1" if odd else "0"}
         if path.suffix.lower() == ".avi":
             stream.options |= {"bf": "0"}  # AVI stores no presentation times
         if not lossless:
@@ -148,10 +153,11 @@ class Writer:
     """Write one video; a context manager. The target appears when it is complete, and never after an exception.
 
     Args:
-        path: .mp4, .m4v, .mov, .mkv or .avi for H.264, .gif, or a name without suffix for a folder of PNG frames.
+        path: .mp4, .m4v, .mov, .mkv or .avi for H.264, .webm for VP9, .gif, or a name without suffix for a folder of
+            PNG frames.
         fps: frames per second; 24000/1001 stays exact as a Fraction.
         codec: None follows the suffix; "lossless" writes H.264 that decodes to the very same pixels.
-        quality: CRF of H.264, 0 (best) to 51.
+        quality: CRF of H.264 and VP9, 0 (best) to 51.
     """
 
     def __init__(
@@ -161,13 +167,18 @@ class Writer:
         self.rate = exact_rate(fps)
         self.quality = quality
         suffix = self.path.suffix.lower()
-        self.codec: Codec = codec or ("gif" if suffix == ".gif" else "h264" if suffix in CONTAINERS else "png")
-        allowed = {"gif": {".gif"}, "png": {suffix} - VIDEO_SUFFIXES - IMAGE_SUFFIXES}.get(self.codec, CONTAINERS)
+        own: dict[str, Codec] = {".gif": "gif", ".webm": "vp9", **dict.fromkeys(CONTAINERS, "h264")}
+        self.codec: Codec = codec or own.get(suffix, "png")
+        allowed = {"gif": {".gif"}, "vp9": {".webm"}, "png": {suffix} - VIDEO_SUFFIXES - IMAGE_SUFFIXES}.get(
+            self.codec, CONTAINERS
+        )
         if suffix not in allowed:
-            remedy = f"{', '.join(sorted(CONTAINERS))} for h264 or lossless, .gif for gif, a folder for png"
+            remedy = (
+                f"{', '.join(sorted(CONTAINERS))} for h264 or lossless, .webm for vp9, .gif for gif, a folder for png"
+            )
             raise ValueError(f"{self.path.name!r} cannot hold {self.codec}: use {remedy}")
         if not 0 <= quality <= 51:
-            raise ValueError(f"quality {quality} is not a CRF of H.264: use 0 (best) to 51, e.g. 18")
+            raise ValueError(f"quality {quality} is not a CRF: use 0 (best) to 51, e.g. 18")
         if self.codec == "png" and self.path.exists() and not _replaceable(self.path):
             raise FileExistsError(f"{self.path} holds other things than PNG frames: use another folder")
         self.frames = 0
@@ -208,7 +219,7 @@ class Writer:
             return _Png(self._draft, height, width)
         if self.codec == "gif":
             return _Gif(self._draft, self.rate, height, width)
-        return _H264(self._draft, self.rate, height, width, self.quality, self.codec == "lossless")
+        return _Coded(self._draft, self.rate, height, width, self.quality, self.codec)
 
     def close(self) -> None:
         """Complete the video and put it in its place; ValueError if no frame was added."""

@@ -1,0 +1,220 @@
+"""Samples: functions of seed and number alone, conditioned, of any length, and draws from a VAE's prior."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_run import FRAMES, SIZE, make_run, make_vae
+from dit_training import make_net
+from praxino import checkpoint, video
+from praxino.config import check_call, conf_dir, register_resolvers
+from praxino.diffusion.loss import DiffusionLoss
+from praxino.diffusion.noise import FrameNoise
+from praxino.diffusion.path import RectifiedFlow
+from praxino.diffusion.time import UniformTime
+from praxino.errors import CheckpointError, ConfigError
+from praxino.models.dit import VideoDiT
+from praxino.tasks import generate
+from praxino.tasks.generate import seed_of
+from praxino.tasks.sample import sample
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("plain") / "run", drop=None)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("classes") / "run", {"classes": 3})
+
+
+def sampled(run: Path, out: Path, **settings: Any) -> list[Tensor]:
+    given = {"n": 2, "steps": 2, "device": "cpu", "lossless": True, **settings}
+    sample(ckpt=str(run), out=str(out), **given)
+    return [video.read(path, index_dir=None) for path in sorted(out.glob("*.mp4"))]
+
+
+def differ(a: list[Tensor], b: list[Tensor]) -> int:
+    return max(int((x.int() - y.int()).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "ancestral"])
+def test_a_sample_depends_on_seed_and_number_alone(plain: Path, tmp_path: Path, sampler: str) -> None:
+    three = sampled(plain, tmp_path / "three", n=3, batch=3, sampler=sampler)
+    apart = sampled(plain, tmp_path / "apart", n=2, batch=1, sampler=sampler)
+    assert differ(three[:2], apart) <= 1  # rounding of floats
+    assert differ(three[:1], three[1:2]) > 9
+    assert differ(three[:2], sampled(plain, tmp_path / "other", seed=1, sampler=sampler)) > 9
+
+
+def test_what_is_written(plain: Path, tmp_path: Path) -> None:
+    videos = sampled(plain, tmp_path, frames=7, fps=12, save_latents=True)
+    assert [tuple(x.shape) for x in videos] == [(7, SIZE, SIZE, 3)] * 2
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["00000.mp4", "00001.mp4"]
+    assert rows[1] | {"seconds": 0} == {
+        "file": "00001.mp4",
+        "number": 1,
+        "seed": 0,
+        "frames": 7,
+        "size": [SIZE, SIZE],
+        "label": None,
+        "seconds": 0,
+    }
+    assert video.probe(tmp_path / "00000.mp4", index_dir=None).fps == 12
+    assert (tmp_path / "sheet.png").exists()
+    z = torch.stack([load_file(tmp_path / "latents" / f"0000{k}.safetensors")["latent"] for k in range(2)])
+    vae = make_vae()
+    with torch.no_grad():
+        whole = vae.decode(vae.denormalize(z)).clamp(-1, 1)[:, :, :7]
+    assert differ(list(video.to_uint8(whole)), videos) <= 1
+    net, _ = checkpoint.load_denoiser(plain)
+    noise = FrameNoise([seed_of(0, 0), seed_of(0, 1)], (3, 2, 2))(0, 3)
+    with torch.no_grad():  # two steps of Euler
+        for t in (1.0, 0.5):
+            noise = noise - 0.5 * net(noise, torch.full((2,), t))
+    torch.testing.assert_close(z, noise, atol=1e-5, rtol=1e-5)
+    (tmp_path / "samples.jsonl").unlink()
+    with pytest.raises(ConfigError, match="not of an earlier run"):
+        sampled(plain, tmp_path)
+
+
+def test_guidance_needs_a_condition(plain: Path, classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"guidance=3 needs a condition.*takes none"):
+        sampled(plain, tmp_path, guidance=3)
+    with pytest.raises(ConfigError, match=r"guidance=3 needs a condition.*label="):
+        sampled(classes, tmp_path, guidance=3)
+    with pytest.raises(ConfigError, match="takes no label"):
+        sampled(plain, tmp_path, label=0)
+    with pytest.raises(ConfigError, match=r"label=3 is no class.*0 to 2"):
+        sampled(classes, tmp_path, label=3)
+    with pytest.raises(ConfigError, match=r"label=bat is no class.*a name: cat, cow, dog"):
+        sampled(classes, tmp_path, label="bat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_guidance_leads_away_from_no_label(classes: Path, tmp_path: Path) -> None:
+    settings = {"n": 1, "steps": 1, "save_latents": True}
+
+    def latent(name: str, **given: Any) -> Tensor:
+        sampled(classes, tmp_path / name, **settings, **given)
+        return load_file(tmp_path / name / "latents" / "00000.safetensors")["latent"]
+
+    free, given = latent("free"), latent("given", label=1)
+    assert (given - free).abs().max() > 1e-3
+    torch.testing.assert_close(latent("ignored", label=1, guidance=0), free)
+    torch.testing.assert_close(latent("guided", label=1, guidance=3), free + 3 * (given - free), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latent("late", label=1, guidance=3, guidance_interval=[0, 0.5]), given)
+
+
+def test_labels_go_round(classes: Path, tmp_path: Path) -> None:
+    videos = sampled(classes, tmp_path / "list", n=3, label=[2, 0], batch=2)
+    assert [json.loads(line)["label"] for line in (tmp_path / "list" / "samples.jsonl").open()] == [2, 0, 2]
+    assert differ(videos[:1], sampled(classes, tmp_path / "two", n=1, label="dog")) <= 1
+
+
+def test_draws_from_the_prior_of_a_vae(plain: Path, tmp_path: Path) -> None:
+    videos = sampled(plain / "vae.ckpt", tmp_path / "out", frames=9, size=SIZE)
+    noise = FrameNoise([seed_of(0, 0), seed_of(0, 1)], (3, 2, 2))(0, 3)
+    vae = make_vae()
+    with torch.no_grad():
+        whole = vae.decode(vae.denormalize(noise)).clamp(-1, 1)
+    assert differ(list(video.to_uint8(whole)), videos) <= 1
+    with pytest.raises(ConfigError, match="guidance=3: ckpt is a VAE"):
+        sampled(plain / "vae.ckpt", tmp_path / "no", guidance=3)
+
+
+def rollouts() -> list[Any]:
+    per_frame = {"loss": DiffusionLoss(RectifiedFlow(), UniformTime(), per_frame=True)}
+    return [
+        pytest.param("sliding", {}, {}, 3, id="sliding"),
+        pytest.param("autoregressive", {}, {}, 3, id="autoregressive"),
+        pytest.param("pyramid", {}, per_frame, 3, id="pyramid"),
+        pytest.param("cached", {"attention": "causal"}, {}, 1, id="cached"),
+    ]
+
+
+@pytest.mark.parametrize(("rollout", "net", "module", "most"), rollouts())
+def test_rollouts_see_a_window_only(
+    rollout: str,
+    net: dict[str, Any],
+    module: dict[str, Any],
+    most: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = make_run(tmp_path / "run", net, drop=None, **module)
+    seen: list[int] = []
+    held: list[int] = []
+    forward, decode = VideoDiT.forward, generate.stream.Decoder.push
+
+    def counted(self: VideoDiT, z: Tensor, t: Tensor, *rest: Any, **named: Any) -> Tensor:
+        seen.append(z.shape[2])
+        result = forward(self, z, t, *rest, **named)
+        cache = rest[1] if len(rest) > 1 else None
+        held.append(cache.frames if cache is not None else 0)
+        return result
+
+    def pushed(self: Any, z: Tensor, final: bool = False) -> Tensor | None:
+        held.append(z.shape[2])
+        return decode(self, z, final)
+
+    monkeypatch.setattr(VideoDiT, "forward", counted)
+    monkeypatch.setattr(generate.stream.Decoder, "push", pushed)
+    settings: dict[str, Any] = {"n": 1, "rollout": rollout, "overlap": 8}
+    if rollout in ("sliding", "autoregressive"):
+        with pytest.raises(ConfigError, match=r"frames=37: the model was trained on 9 at once; .*rollout=sliding"):
+            sampled(run, tmp_path / "full", frames=37)
+    (video_,) = sampled(run, tmp_path / "out", frames=4 * FRAMES, **settings)
+    assert video_.shape == (4 * FRAMES, SIZE, SIZE, 3)
+    assert max(seen) == most
+    assert max(held) <= 3
+    assert video_[-1].float().std() > 1
+
+
+def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:
+    for rollout, match in {"pyramid": "noise level per frame", "cached": "needs a causal model"}.items():
+        with pytest.raises(ConfigError, match=match):
+            sampled(plain, tmp_path, frames=33, rollout=rollout)
+    with pytest.raises(ConfigError, match=r"window=8 does not fit: use 1 \+ 4k"):
+        sampled(plain, tmp_path, rollout="sliding", window=8)
+    with pytest.raises(ConfigError, match="overlap=3 does not fit: use a multiple of 4"):
+        sampled(plain, tmp_path, rollout="sliding", overlap=3)
+    with pytest.raises(ConfigError, match="cannot keep 3 of them"):
+        sampled(plain, tmp_path, rollout="sliding", overlap=12)
+    with pytest.raises(ConfigError, match=r"size=20 .*multiples of 8"):
+        sampled(plain, tmp_path, size=20)
+
+
+def test_the_vae_moves_with_its_run_or_is_named(plain: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(plain, moved)
+    first = sampled(moved, tmp_path / "first", n=1)
+    (moved / "vae.ckpt").rename(tmp_path / "elsewhere.ckpt")
+    content = torch.load(moved / "checkpoints" / "step-00000001.ckpt", weights_only=True)
+    content["praxino"]["vae"]["absolute"] = str(tmp_path / "gone.ckpt")
+    torch.save(content, moved / "checkpoints" / "step-00000001.ckpt")
+    with pytest.raises(CheckpointError, match="VAE is not there"):
+        sampled(moved, tmp_path / "none", n=1)
+    named = sampled(moved, tmp_path / "named", n=1, vae=str(tmp_path / "elsewhere.ckpt"))
+    assert differ(first, named) == 0
+    checkpoint.save_vae(make_vae(seed=1), tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="another VAE"):
+        sampled(moved, tmp_path / "none", n=1, vae=str(tmp_path / "other.ckpt"))
+
+
+def test_the_configuration_names_every_key() -> None:
+    register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        cfg = compose("sample", overrides=["ckpt=a", "out=b", "label=[0,1]", "size=[32,64]"])
+    given = check_call(sample, cfg)
+    assert given["label"] == [0, 1]
+    assert make_net(classes=None).kinds == frozenset()
