@@ -21,7 +21,7 @@ VALIDATE = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_
 
 
 def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
-    """Scenarios are words and a number of steps: ddp or fsdp, sharded, muon, adamw, momentum, recompute, bf16, double."""
+    """Scenarios are words and steps: ddp or fsdp, sharded, muon, adamw, momentum, recompute, bf16, double."""
     torch.set_num_threads(1)
     kind, *words, steps = scenario.split("-")
     options: dict = dict(VALIDATE)
