@@ -76,6 +76,8 @@ def command(name: str) -> Callable[[], None]:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 with open_dict(cfg):
                     cfg.out = HydraConfig.get().runtime.output_dir
+            if name == "train" and "gate" in cfg:
+                raise ConfigError("this experiment is a chain of commands: run it with praxino-pipeline")
             report(list(unresolved(cfg)))
             report([problem for key in must_exist(name, cfg) if (problem := missing_path(key, cfg))])
             logging.captureWarnings(True)

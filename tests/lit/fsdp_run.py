@@ -21,7 +21,7 @@ VALIDATE = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_
 
 
 def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
-    """Scenarios are words joined by `-`: ddp or fsdp; sharded, muon, adamw, recompute, bf16, double; then the steps."""
+    """Scenarios are words and steps: ddp or fsdp, sharded, muon, adamw, momentum, recompute, bf16, double."""
     torch.set_num_threads(1)
     kind, *words, steps = scenario.split("-")
     options: dict = dict(VALIDATE)
@@ -30,6 +30,8 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
     elif ranks > 1:
         options["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120))
     optimizer = partial(MuonAdamW, lr=1e-3) if "muon" in words else partial(torch.optim.SGD, lr=0.1)
+    if "momentum" in words:  # an optimizer with a state, and one that does not divide what rounding makes differ
+        optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     if "adamw" in words:
         optimizer = partial(torch.optim.AdamW, lr=1e-2)
     module = make_dit(

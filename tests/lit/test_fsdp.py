@@ -54,13 +54,13 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
 @pytest.mark.parametrize("kind", ["", "-sharded"])
 def test_saved_on_two_resumed_on_one_and_back(tmp_path, kind):
     """The result is that of 12 steps without a stop; each part has half of the batch, or all of it."""
-    whole = launch(tmp_path / "whole", "ddp-adamw-12", 1)[0]
-    launch(tmp_path / "a", f"fsdp{kind}-adamw-4", 2)
-    launch(tmp_path / "b", f"fsdp{kind}-adamw-8", 1, tmp_path / "a" / "checkpoints" / "step-00000004.ckpt")
-    last = launch(tmp_path / "c", f"fsdp{kind}-adamw-12", 2, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
-    close(last[0], whole, 1e-5)
-    plain = launch(tmp_path / "d", "ddp-adamw-12", 1, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
-    close(plain[0], whole, 1e-5)
+    whole = launch(tmp_path / "whole", "ddp-momentum-12", 1)[0]
+    launch(tmp_path / "a", f"fsdp{kind}-momentum-4", 2)
+    launch(tmp_path / "b", f"fsdp{kind}-momentum-8", 1, tmp_path / "a" / "checkpoints" / "step-00000004.ckpt")
+    last = launch(tmp_path / "c", f"fsdp{kind}-momentum-12", 2, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
+    close(last[0], whole, 1e-6)
+    plain = launch(tmp_path / "d", "ddp-momentum-12", 1, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
+    close(plain[0], whole, 1e-6)
     for weights in ("ema", "raw"):
         net, trained = checkpoint.load_denoiser(tmp_path / "c", weights=weights)
         found = torch.cat([value.flatten() for value in net.state_dict().values()])

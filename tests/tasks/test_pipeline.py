@@ -1,6 +1,8 @@
 """The pipeline: the commands that it types, its gate, and the whole chain on a toy."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,13 @@ def test_a_training_goes_on_from_its_checkpoint_only(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.ckpt").touch()
     assert resume_training(tmp_path) == ["ckpt=last"]
+
+
+def test_a_training_is_not_begun_with_the_settings_of_a_chain(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from praxino.cli import train; train()"]
+    done = subprocess.run([*program, "experiment=demo", f"out={tmp_path}"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "praxino-pipeline" in done.stderr
 
 
 def test_held_out_videos_without_others_are_refused(tmp_path: Path) -> None:

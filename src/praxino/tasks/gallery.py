@@ -275,7 +275,7 @@ def chart(frames: Sequence[int], curves: Mapping[str, Sequence[float]], names: M
     for frame in frames[:-2] if len(frames) < 10 else frames[:-2:2]:
         parts.append(f'<text x="{x(frame):.1f}" y="{height - 4:.0f}" text-anchor="middle">{frame}</text>')
     ends = spread({key: y(curve[-1]) for key, curve in curves.items()}, 18)
-    for key, curve in reversed(curves.items()):
+    for key, curve in reversed(list(curves.items())):
         line = " ".join(f"{x(frame):.1f},{y(value):.1f}" for frame, value in zip(frames, curve, strict=True))
         parts.append(f'<path d="M{line}" style="stroke:var(--{COLOURS[key]})"/>')
         style = f"fill:var(--{COLOURS[key]})"
