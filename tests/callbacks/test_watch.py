@@ -147,6 +147,9 @@ def test_media_reach_tensorboard_and_wandb(tmp_path):
     loggers = [RunLog(str(tmp_path)), SafeLogger(board), SafeLogger(wandb)]
     train(tmp_path, steps=2, callbacks=(Media(str(tmp_path / "media"), videos=2),), logger=loggers, **VALIDATE)
     events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert events.Tags()["images"] == ["val/videos"]
+    assert sorted(events.Tags()["images"]) == ["val/video_0", "val/video_1", "val/videos"]
+    moving = events.Images("val/video_1")[0]
+    assert moving.encoded_image_string.startswith(b"GIF89a")
+    assert (moving.step, moving.width) == (2, 48)  # input, reconstruction, error
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert len(list((tmp_path / "wandb").rglob("video_*.mp4"))) == 2

@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from praxino.errors import ConfigError
-from praxino.video import to_uint8, write
+from praxino.video import Video, to_uint8, write
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,21 @@ def pass_on(logger: Logger | None, paths: list[Path], sheet: Tensor, step: int) 
     """Hand the media to a logger that takes them."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image("val/videos", sheet, step, dataformats="HWC")
+        for number, path in enumerate(paths):
+            add_gif(logger.experiment, f"val/video_{number}", path, step)
     elif isinstance(logger, WandbLogger):
         import wandb
 
         videos = {f"val/video_{number}": wandb.Video(str(path)) for number, path in enumerate(paths)}
         logger.experiment.log({**videos, "trainer/global_step": step})
+
+
+def add_gif(writer: Any, tag: str, path: Path, step: int) -> None:
+    """Give TensorBoard a video as the picture that moves there: a GIF."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with Video(path) as video, TemporaryDirectory() as folder:
+        info, frames = video.info, video.read(range(video.info.frames))  # (T, H, W, 3)
+        gif = write(Path(folder) / "video.gif", frames, info.fps).read_bytes()
+    picture = Summary.Image(height=info.height, width=info.width, colorspace=3, encoded_image_string=gif)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
