@@ -50,6 +50,22 @@ BAD = [
     ("evaluate", ["out={here}/out"], "give vae=PATH data.root=DIR, or real=DIR fake=DIR"),
     ("evaluate", ["real={here}", "fake={here}/fkae", "out=o"], "fake: {here}/fkae does not exist"),
     ("evaluate", ["vae={here}/videos", "data.root={here}", "out={here}/out"], "{here}/videos"),
+    ("plot", ["run={here}/vidoes"], "did you mean {here}/videos"),
+    ("plot", ["run=[{here}/videos,{here}/none]", "out=a.png"], "run: {here}/none does not exist"),
+    ("plot", ["run=[{here}/videos,{here}/videos]"], "out: a value is required"),
+    ("plot", ["run={here}", "smooth=2"], "smooth: 2: input should be less than or equal to 0.5"),
+    ("make_video", ["input={here}/videos", "out=a.jpg"], "ends in .mp4"),
+    ("make_video", ["input={here}/videos", "out=a.mp4", "fsp=3"], "did you mean fps"),
+    ("import_config", ["{here}/none.json", "out=a.yaml"], "input: {here}/none.json does not exist"),
+    ("import_config", ["{here}/videos", "out=a.yaml"], "cannot be read as JSON"),
+    ("import_config", ["{here}/videos", "out=a.txt"], "ends in .yaml"),
+    ("params", ["experiment=wfvae_tinyy"], "did you mean wfvae_tiny"),
+    ("params", ["experiment=wfvae_tiny", "frames=16"], "use 1 + 4k, e.g. 13 or 17"),
+    ("params", ["experiment=wfvae_tiny", "model.net.base_chanels=8"], "did you mean model.net.base_channels"),
+    ("embed_text", ["captions={here}", "encoder={here}/none", "out=o"], "encoder: {here}/none does not exist"),
+    ("embed_text", ["captions={here}", "encoder={here}", "out=o", "batch=0"], "batch=0: use 1 or more"),
+    ("doctor", ["data.root={here}/vidoes", "out=o"], "did you mean {here}/videos"),
+    ("doctor", ["data.root={here}", "out=o", "size=null"], "size=null"),
 ]
 
 

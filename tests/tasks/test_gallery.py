@@ -16,7 +16,7 @@ import torch
 from praxino import video
 from praxino.data.synthetic import draw
 from praxino.errors import DataError
-from praxino.tasks.gallery import chart, clock, gallery, mosaic, spread, strip
+from praxino.tasks.gallery import chart, clock, gallery, mosaic, spread, strip, thinned
 
 VOID = {"meta", "input", "line", "br", "img"}
 
@@ -129,7 +129,7 @@ def test_the_page_shows_what_was_made(made: tuple[Path, dict[str, Any], str]) ->
     labels = [value for _, key, value in page.attributes if key == "aria-label"]
     assert [labels.count(kind) for kind in ("real", "reconstruction", "sample")] == [3, 3, 3]
     assert "truth, disc/a <b> & 0.mp4" in labels
-    for text in ("26.5 dB", "SSIM 0.912", "+2.05 dB", "-0.30 dB", "12.9 %", "2 min 02 s", "27.0 dB", "Mean of 8"):
+    for text in ("26.5 dB", "SSIM 0.912", "+2.05 dB", "-0.30\u00a0dB", "12.9 %", "2 min 02 s", "27.0 dB", "Mean of 8"):
         assert text in page.text, text
     assert {row["name"] for row in made[1]["figures"]} == {"Reconstruction", "Prediction", "Samples", "Time"}
     for name in ("reconstructions", "samples", "predictions"):
@@ -179,6 +179,7 @@ def test_the_chart_puts_every_point_in_its_place() -> None:
 
 
 def test_small_parts() -> None:
+    assert [thinned(range(n), 3) for n in (2, 3, 9)] == [[0, 1], [0, 1, 2], [0, 3, 6]]
     assert spread({"a": 10.0, "b": 12.0, "c": 50.0}, 18) == {"a": 10.0, "b": 28.0, "c": 50.0}
     assert [clock(s) for s in (3.4, 60, 223.9)] == ["3 s", "1 min 00 s", "3 min 43 s"]
     clip = torch.zeros(2, 4, 6, 3, dtype=torch.uint8)

@@ -61,7 +61,7 @@ def gallery(run: str, out: str, title: str = "praxino demo") -> dict[str, Any]:
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         lead="A video autoencoder and a diffusion transformer on its latents, trained one after the other by a single "
-        "command. Every clip below was held out or generated; none was selected.",
+        "command. None of the clips below was selected for its looks.",
         cards="\n".join(card(figure) for figure in figures),
         sections="\n".join(filter(None, sections)),
         columns=len(COLUMNS),
@@ -98,15 +98,15 @@ def find_videos(folder: Path) -> list[Path]:
 
 
 def find_pairs(folder: Path) -> list[tuple[Content, Tensor, Tensor]]:
-    """Return the first reconstructions: their rows, the originals and what became of them."""
-    rows = rows_of(folder / "reconstructions.jsonl")[: SHOWN["pairs"]]
+    """Return some of the reconstructions: their rows, the originals and what became of them."""
+    rows = thinned(rows_of(folder / "reconstructions.jsonl"), SHOWN["pairs"])
     return [(row, show(folder / "origin" / row["output"]), show(folder / row["output"])) for row in rows]
 
 
 def find_predictions(folder: Path, scores: Content) -> list[tuple[str, dict[str, Tensor]]]:
-    """Return the first predictions: name, and clips of the same length for each column."""
+    """Return some of the predictions: name, and clips of the same length for each column."""
     found = []
-    for path in sorted((folder / "truth").rglob("*.mp4"))[: SHOWN["predictions"]]:
+    for path in thinned(sorted((folder / "truth").rglob("*.mp4")), SHOWN["predictions"]):
         name, context = path.relative_to(folder / "truth"), scores["context"]
         row = {kind: show(folder / kind / name) for kind in ("truth", "full", "mean")}
         length = min(map(len, row.values()))
@@ -114,6 +114,11 @@ def find_predictions(folder: Path, scores: Content) -> list[tuple[str, dict[str,
         numbers = torch.arange(length).clamp(max=context - 1)
         found.append((str(name), {**row, "copy": row["truth"][numbers]}))
     return found
+
+
+def thinned(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many items at most, evenly from all of them: neighbours by name may be alike."""
+    return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)
 
 
 def show(path: Path) -> Tensor:
@@ -171,7 +176,7 @@ def section_pairs(pairs: Sequence[tuple[Content, Tensor, Tensor]]) -> str:
         f"<figcaption>{row['psnr']:.1f} dB</figcaption></figure>"
         for row, real, fake in pairs
     ]
-    text = "Held-out clips, real on the left, through the autoencoder on the right."
+    text = "Real clips on the left, through the autoencoder on the right."
     return section("Reconstructions", text, f'<div class="grid pairs">{"".join(cells)}</div>') if cells else ""
 
 
@@ -203,9 +208,7 @@ def section_predictions(
         + '<div class="time"></div></div>'
         for name, row in predictions
     ]
-    text = (
-        f"Held-out clips: the first {context} frames are given, marked on the line below each row, the rest predicted."
-    )
+    text = f"The first {context} frames are given, marked on the line below each row, the rest predicted."
     body = f'<div class="rows"><div class="row heads">{heads}</div>{"".join(rows)}</div>'
     curves = {key: scores["horizon"]["psnr"][key] for key in LINES}
     names = {key: text.format(count) for key, text in LINES.items()}

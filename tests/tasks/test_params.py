@@ -1,0 +1,91 @@
+"""Parameters, operations and memory without weights, against what a real step counts and keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from praxino.config import conf_dir, instantiate, register_resolvers
+from praxino.errors import ConfigError
+from praxino.tasks.params import Kept, run
+
+SMALL = ["model.net.base_channels=8", "model.net.encoder_energy_flow_hidden_size=8", "model.net.latent_dim=4"]
+SMALL += ["model.net.decoder_energy_flow_hidden_size=8", "frames=5", "size=16", "batch=2"]
+
+
+def composed(*overrides: str) -> Any:
+    register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        return compose("params", overrides=["out=runs/test", *overrides])
+
+
+def test_a_vae_costs_what_a_real_step_costs(tmp_path: Path) -> None:
+    overrides = ["experiment=wfvae_tiny", *SMALL]
+    result = run(composed(*overrides, f"report={tmp_path / 'params.json'}"))
+    assert json.loads((tmp_path / "params.json").read_text()) == result
+
+    module = instantiate(composed(*overrides).model)
+    count = sum(p.numel() for p in module.net.parameters())
+    assert result["parameters"] == sum(result["parts"].values()) == count
+    video = torch.randint(256, (2, 5, 16, 16, 3), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        module.net(module.to_input(video))
+    kept = Kept(module)
+    module.manual_backward = lambda loss: (setattr(kept, "open", False), loss.backward())
+    with FlopCounterMode(display=False) as step, saved_tensors_hooks(kept.add, lambda x: x):
+        module.learn({"video": video}, ("",), 1.0)
+    # the counter passes over a CPU's own convolution, which the model calls where gradients are not needed
+    assert forward.get_total_flops() <= result["forward_flops"]
+    assert step.get_total_flops() <= result["step_flops"] <= 3.2 * result["forward_flops"]
+    assert result["memory"]["activations"] == pytest.approx(kept.bytes, rel=0.05)
+    assert result["memory"]["weights"] == result["memory"]["gradients"] == result["memory"]["average"] == 4 * count
+    assert 8 * count <= result["memory"]["optimizer"] < 8.2 * count  # two moments, and a count a tensor
+
+
+def test_a_denoiser_of_known_cost() -> None:
+    overrides = ["experiment=dit_tiny", "batch=3", "frames=9", "size=64", "latent.channels=8"]
+    overrides += ["latent.stride=[4,8,8]", "model.context.probability=0"]
+    result = run(composed(*overrides))
+    cfg = composed(*overrides)
+    cfg.model.net.channels = 8
+    net = instantiate(cfg.model.net)
+    assert result["parameters"] == sum(result["parts"].values()) == sum(p.numel() for p in net.parameters())
+    assert result["forward_flops"] == 3 * net.flops((1, 8, 3, 8, 8))
+    assert 2.5 < result["step_flops"] / result["forward_flops"] < 3.5
+
+
+def test_what_changes_the_figures() -> None:
+    base = ["experiment=dit_tiny", "batch=16", "frames=9", "size=32"]
+    plain = run(composed(*base))
+    spared = run(composed(*base, "model.checkpoint_activations=true"))
+    assert spared["memory"]["activations"] < 0.5 * plain["memory"]["activations"]
+    assert spared["step_flops"] > 1.2 * plain["step_flops"]
+    half = run(composed(*base, "trainer.precision=bf16-mixed"))
+    assert half["memory"]["activations"] < 0.8 * plain["memory"]["activations"]
+    assert half["step_flops"] == plain["step_flops"]
+    shards = run(composed(*base, "trainer=fsdp", "trainer.devices=4"))
+    assert shards["memory"]["weights"] == plain["memory"]["weights"] // 4
+    assert run(composed(*base, "model.accumulate=3"))["step_flops"] == 3 * plain["step_flops"]
+
+
+def test_an_adversary_counts_beside_the_network() -> None:
+    small = ["model.adversary.discriminator.width=8", "model.adversary.discriminator.layers=2"]
+    alone = run(composed("experiment=wfvae_tiny", *SMALL))
+    both = run(composed("experiment=wfvae_tiny_gan", *SMALL, *small, "model.adversary.alternate=true"))
+    assert both["parameters"] == alone["parameters"]
+    assert both["adversary"] > 0
+    assert both["step_flops"] > alone["step_flops"] + alone["forward_flops"]  # the adversary's turn has a forward pass
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(ConfigError, match="did you mean base_channels"):
+        run(composed("experiment=wfvae_tiny", "+model.net.base_chanels=8"))
+    with pytest.raises(ConfigError, match="frames"):
+        run(composed("experiment=wfvae_tiny", "frames=16"))
+    with pytest.raises(ConfigError, match="batch: 0"):
+        run(composed("experiment=wfvae_tiny", "batch=0"))
