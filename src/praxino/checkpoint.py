@@ -205,7 +205,7 @@ def described(
         ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}: use the praxino that wrote it.")
-    if weights == "ema" and not ema:
+    if weights == "ema" and not ema and "loops" in content:  # of a training
         log.info("%s: no moving average, the raw weights are taken", path)
     return header, name, config, ema if weights == "ema" and ema else state
 
