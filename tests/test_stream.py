@@ -251,6 +251,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_memory_is_flat_in_the_length():
     """Peak resident memory above the loaded model, one process for each length."""
     peaks, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
