@@ -56,8 +56,9 @@ def command(name: str) -> Callable[[], None]:
             compose = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
             try:
                 compose(job)()
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if running:  # not about the composition: a defect, with its traceback
+            except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+                known = not isinstance(error, RuntimeError) or "srun" in str(error)  # the latter is submitit's
+                if running or not known:  # not about the composition: a defect, with its traceback
                     raise
                 errors.append(ConfigError(explain(error, name)))
         except PraxinoError as error:
@@ -162,6 +163,8 @@ def explain(error: Exception, name: str) -> str:
     text = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if choice == "submitit_slurm":
+            return "launcher=slurm needs a plugin of Hydra: pip install 'praxino[slurm]'"
         return f"{group or 'config'}={choice}: no such choice{nearest(choice, error.options or [])}"
     if isinstance(error, OverrideParseException):
         return (

@@ -31,6 +31,7 @@ BAD = [
     ("train", ["experiment=wfvae_tiny_gan", "data.root={here}", "model/adversary=patch2d", "size=16"], "use 24 pixels"),
     ("train", [*TINY, "data.root={here}", "model/lpips=random", "size=8"], "are too small for LPIPS with vgg: use 16"),
     ("train", [*TINY, "data.root={here}", "model/lpips=null"], "model/lpips=null: a group takes the name of a choice"),
+    ("train", [*TINY, "data.root={here}", "launcher=slurm"], "pip install 'praxino[slurm]'"),
     ("train", [*TINY, "data.root={here}", "trainer.precision=bf17"], "trainer.precision: 'bf17'"),
     ("train", [*TINY, "data.root={here}", "data.short=stretch"], "data.short: 'stretch'"),
     ("train", [*TINY, "data.root={here}", "model.loss._target_=os.system"], "os.system is not allowed"),
