@@ -63,7 +63,6 @@ def build(overrides: list[str], part: str, device: torch.device) -> VAEModule:
     if part == "network":
         module.loss.weights["perceptual"] = 0.0
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
-    module.logs = lambda turn: False  # type: ignore[method-assign]
     return module.train()
 
 

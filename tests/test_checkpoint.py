@@ -93,6 +93,13 @@ def test_without_an_average_the_raw_weights_are_taken(saved, caplog):
     assert "no moving average" in caplog.text
 
 
+def test_the_copy_of_a_vae_is_not_said_to_lack_an_average(tmp_path, caplog):
+    checkpoint.save_vae(make(2), tmp_path / "vae.ckpt")
+    with caplog.at_level(logging.INFO, "praxino.checkpoint"):
+        assert equal(checkpoint.load(tmp_path / "vae.ckpt"), make(2))
+    assert not caplog.text
+
+
 def test_statistics_come_back(saved):
     vae = make(0)
     vae.set_statistics([0.5, 1.0], [2.0, 3.0])

@@ -205,7 +205,7 @@ def described(
         ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}: use the praxino that wrote it.")
-    if weights == "ema" and not ema and "loops" in content:  # of a training
+    if weights == "ema" and not ema and "ema" not in content:
         log.info("%s: no moving average, the raw weights are taken", path)
     return header, name, config, ema if weights == "ema" and ema else state
 
@@ -331,7 +331,7 @@ def fingerprint(vae: VideoVAE) -> str:
 def save_vae(vae: VideoVAE, path: Path) -> None:
     """Write a VAE of any kind, as it is, as a praxino checkpoint without anything of a training."""
     state = {f"{PREFIX}{key}": value.detach().cpu().clone() for key, value in vae.state_dict().items()}
-    content = {"praxino": {**describe(vae), "config": None, "step": 0}, "state_dict": state}
+    content = {"praxino": {**describe(vae), "config": None, "step": 0}, "state_dict": state, "ema": None}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

@@ -260,6 +260,12 @@ def test_half_precision_noise_is_solved_in_float32_without_gradients():
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_solver_refuses_a_shift_before_it_is_called(shift):
+    with pytest.raises(ValueError, match="not positive"):
+        Solver(PATHS["flow"], "flow", shift=shift)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"sampler": "rk4"}, "'rk4' is unknown"), ({"steps": 0}, "at least 1"), ({"shift": -1.0}, "not positive"),

@@ -55,6 +55,22 @@ def test_a_sample_depends_on_seed_and_number_alone(plain: Path, tmp_path: Path, 
     assert differ(three[:2], sampled(plain, tmp_path / "other", seed=1, sampler=sampler)) > 9
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"shift": 0.0}, "shift of 0.0 is not positive"),
+        ({"shift": float("nan")}, "shift of nan is not positive"),
+        ({"fps": float("inf")}, "fps=inf"),
+        ({"fps": 1e9}, "fps=1000000000.0"),
+        ({"guidance": float("nan"), "label": 0}, "guidance=nan"),
+    ],
+)
+def test_numbers_that_make_no_sense(classes: Path, tmp_path: Path, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        sampled(classes, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_written(plain: Path, tmp_path: Path) -> None:
     videos = sampled(plain, tmp_path, frames=7, fps=12, save_latents=True)
     assert [tuple(x.shape) for x in videos] == [(7, SIZE, SIZE, 3)] * 2

@@ -85,6 +85,7 @@ class Solver:
             raise ValueError(f"sampler {self.sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
         if self.steps < 1:
             raise ValueError(f"{self.steps} steps do not reach the data: at least 1 is needed.")
+        shift_time(torch.zeros(()), self.shift)
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"a context_noise of {self.context_noise} is no time in [0, 1).")
 

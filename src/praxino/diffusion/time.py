@@ -10,7 +10,7 @@ from torch import Tensor
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Divide the ratio of signal to noise of rectified flow by `shift` (Esser et al. 2024, eq. 23); the ends stay."""
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"a shift of {shift} is not positive: 1 changes nothing, 3 suits more noise.")
     return shift * t / (1 + (shift - 1) * t)
 

@@ -132,6 +132,8 @@ class StepModule(pl.LightningModule):
 
     def logs(self, turn: tuple[str, ...]) -> bool:
         """Tell whether the step that is being made will be logged."""
+        if self._trainer is None:  # measured outside of a training
+            return False
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = self.step + ("" in turn)
         return bool(every) and (step == 1 or step % every == 0)

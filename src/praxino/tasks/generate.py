@@ -1,5 +1,6 @@
 """Draw videos from a denoiser: what sampling and prediction share, from the checkpoint to the frames."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -263,7 +264,7 @@ def open_generator(
     """Load a denoiser and its VAE, and check the settings; `window` and `overlap` are in video frames."""
     net, trained = checkpoint.load_denoiser(ckpt, weights=weights, device=device)
     autoencoder = checkpoint.load_vae_of(trained, device=device, path=vae)
-    if guidance < 0:
+    if not 0 <= guidance < math.inf:
         raise ConfigError(f"guidance={guidance}: use 0 (no condition), 1 (none stressed) or more, e.g. 3")
     if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         raise ConfigError(f"guidance_interval={list(guidance_interval)}: use two times in [0, 1], e.g. [0, 0.8]")
@@ -377,6 +378,14 @@ def decode(vae: VideoVAE, pieces: Iterator[Tensor], length: int, batch: int) -> 
 def seed_of(seed: int, *names: Any) -> int:
     """Return the seed of one sample, a function of the names alone."""
     return int.from_bytes(blake2b(repr((seed, *names)).encode(), digest_size=6).digest(), "little")
+
+
+def check_written(quality: int, fps: float | None) -> None:
+    """Raise ConfigError for a quality or a frame rate at which no video can be written."""
+    if not 0 <= quality <= 51 or not (fps is None or 0 < fps < 1e6):
+        raise ConfigError(
+            f"quality={quality} fps={fps}: use a quality of 0 (best) to 51, and more than 0 frames a second, e.g. 25"
+        )
 
 
 def refuse_foreign(target: Path, record: str, paths: Sequence[Path]) -> None:

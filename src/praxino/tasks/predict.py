@@ -35,7 +35,16 @@ from praxino.tasks.common import (
     write_jsonl,
 )
 from praxino.tasks.evaluate import write_csv
-from praxino.tasks.generate import Generator, Rollout, decode, latents_of, open_generator, refuse_foreign, seed_of
+from praxino.tasks.generate import (
+    Generator,
+    Rollout,
+    check_written,
+    decode,
+    latents_of,
+    open_generator,
+    refuse_foreign,
+    seed_of,
+)
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
@@ -117,10 +126,7 @@ def predict(
     at_least(1, context=context, stride=stride, samples=samples, limit=limit, steps=steps, batch=batch)
     at_least(1, devices=devices, num_nodes=num_nodes)
     at_least(0, start=start)
-    if not 0 <= quality <= 51 or not (fps is None or fps > 0):
-        raise ConfigError(
-            f"quality={quality} fps={fps}: use a quality of 0 (best) to 51, and more than 0 frames a second"
-        )
+    check_written(quality, fps)
     if frames <= context:
         raise ConfigError(f"frames={frames} counts the context={context}: use more, e.g. {context + 12}")
     root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()

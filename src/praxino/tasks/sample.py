@@ -31,7 +31,16 @@ from praxino.tasks.common import (
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.generate import Rollout, decode, frames_of, is_denoiser, open_generator, refuse_foreign, seed_of
+from praxino.tasks.generate import (
+    Rollout,
+    check_written,
+    decode,
+    frames_of,
+    is_denoiser,
+    open_generator,
+    refuse_foreign,
+    seed_of,
+)
 from praxino.tasks.ranks import launch
 from praxino.video import Video, Writer, to_uint8
 
@@ -104,10 +113,7 @@ def sample(
         samples, frames, size and seconds.
     """
     at_least(1, n=n, frames=frames, steps=steps, batch=batch, devices=devices, num_nodes=num_nodes)
-    if not 0 <= quality <= 51 or not fps > 0:
-        raise ConfigError(
-            f"quality={quality} fps={fps}: use a quality of 0 (best) to 51, and more than 0 frames a second"
-        )
+    check_written(quality, fps)
     started = time.perf_counter()
     with launch(device, devices, num_nodes) as ranks:
         draw: Draw
