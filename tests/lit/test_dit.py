@@ -11,7 +11,10 @@ from dit_training import LatentBatches, make_dit, make_net
 from praxino.callbacks.checkpoint import Checkpoint
 from praxino.callbacks.media import Media
 from praxino.callbacks.throughput import Throughput
-from praxino.errors import ConfigError
+from praxino.diffusion.loss import DiffusionLoss
+from praxino.diffusion.path import Cosine, RectifiedFlow
+from praxino.diffusion.time import LogitNormalTime
+from praxino.errors import CheckpointError, ConfigError
 from praxino.lit.context import Context, forget
 from praxino.lit.optim import MuonAdamW, block_groups, seed_of
 from praxino.models.conditioning import NULL, Condition
@@ -185,3 +188,14 @@ def test_previews_are_written(tmp_path):
     train(tmp_path, 1, module, callbacks=(media,), **{**VALIDATE, "val_check_interval": 1})
     names = {path.relative_to(tmp_path / "media").as_posix() for path in Path(tmp_path / "media").rglob("*.*")}
     assert names == {"step-00000001/00.mp4", "step-00000001/01.mp4", "step-00000001/sheet.png"}
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "match"),
+    [(RectifiedFlow(), "v", "prediction was flow, is v"), (Cosine(), "flow", "path was")],
+)
+def test_a_checkpoint_of_another_diffusion_is_refused(path, prediction, match):
+    checkpoint = {"praxino": make_dit().describe()}
+    other = make_dit(loss=DiffusionLoss(path, LogitNormalTime(), prediction))
+    with pytest.raises(CheckpointError, match=match):
+        other.on_load_checkpoint(checkpoint)

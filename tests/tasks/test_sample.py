@@ -20,6 +20,7 @@ from praxino.diffusion.noise import FrameNoise
 from praxino.diffusion.path import RectifiedFlow
 from praxino.diffusion.time import UniformTime
 from praxino.errors import CheckpointError, ConfigError
+from praxino.lit.context import Context
 from praxino.models.dit import VideoDiT
 from praxino.tasks import generate
 from praxino.tasks.generate import seed_of
@@ -194,6 +195,50 @@ def test_rollouts_see_a_window_only(
     assert max(seen) == most
     assert max(held) <= 3
     assert video_[-1].float().std() > 1
+
+
+def test_a_model_that_never_had_given_frames_cannot_go_on_from_any(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", drop=None, context=Context(0.0))
+    with pytest.raises(ConfigError, match="trained without given frames"):
+        sampled(run, tmp_path / "out", frames=13, rollout="sliding", overlap=4)
+    with pytest.raises(ConfigError, match=r"at once$"):
+        sampled(run, tmp_path / "out", frames=13)
+
+
+@pytest.mark.parametrize(("probability", "marked"), [(0.0, False), (0.5, True)])
+def test_the_mark_of_given_frames_is_for_models_that_learned_it(
+    probability: float, marked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = DiffusionLoss(RectifiedFlow(), UniformTime(), per_frame=True)
+    run = make_run(tmp_path / "run", drop=None, loss=loss, context=Context(probability))
+    marks: list[bool] = []
+    forward = VideoDiT.forward
+
+    def spied(self: VideoDiT, z: Tensor, t: Tensor, cond: Any = None, *rest: Any, **named: Any) -> Tensor:
+        marks.append(cond.known is not None)
+        return forward(self, z, t, cond, *rest, **named)
+
+    monkeypatch.setattr(VideoDiT, "forward", spied)
+    sampled(run, tmp_path / "out", n=1, frames=13, rollout="sliding", overlap=4)
+    assert any(marks) == marked
+
+
+def test_guidance_away_from_what_was_never_learned_is_said(
+    classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = make_run(tmp_path / "kept", {"classes": 3}, drop={"label": 0.0})
+    sampled(classes, tmp_path / "a", n=1, label=1, guidance=2.0)
+    assert "always there" not in caplog.text
+    sampled(kept, tmp_path / "b", n=1, label=1)
+    assert "always there" not in caplog.text
+    sampled(kept, tmp_path / "c", n=1, label=1, guidance=2.0)
+    assert "label always there" in caplog.text
+
+
+def test_a_model_that_always_had_given_frames_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path / "run", drop=None, context=Context(1.0, [1]))
+    sampled(run, tmp_path / "out", n=1)
+    assert "always had given frames" in caplog.text
 
 
 def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
             raise ConfigError(f"{path} is of format {head['format']}, this version reads {FORMAT}: update praxino")
         clips = [LatentClip(**{**line, "shape": tuple(line["shape"])}) for line in lines]
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path} is damaged ({error}): encode again") from error
+        raise DataError(f"{path} is damaged ({error}): delete it and encode again") from error
     return Manifest(folder, head, clips)
 
 

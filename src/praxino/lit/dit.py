@@ -210,6 +210,12 @@ class DiTModule(StepModule):
             raise CheckpointError(
                 f"the checkpoint learned the latents of another VAE ({theirs[:12]}, not {ours[:12]}): give that one"
             )
+        learned, due = checkpoint["praxino"].get("diffusion", {}), self.describe()["diffusion"]
+        if differing := [key for key in ("path", "prediction") if key in learned and learned[key] != due[key]]:
+            raise CheckpointError(
+                f"the checkpoint learned another diffusion (model.loss.{differing[0]} was {learned[differing[0]]}, is "
+                f"{due[differing[0]]}): resume with that one, or take the weights alone with weights=PATH"
+            )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
 

@@ -1,5 +1,6 @@
 """Draw videos from a denoiser: what sampling and prediction share, from the checkpoint to the frames."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from praxino.models.denoiser import Cache, Denoiser
 from praxino.models.vae import VideoVAE
 from praxino.tasks.reconstruct import fitting_chunk
 
+log = logging.getLogger(__name__)
+
 Rollout = Literal["full", "autoregressive", "sliding", "pyramid", "cached"]
 HIDDEN = -1  # the draw of the noise that hides given frames from the unconditional prediction
 
@@ -49,6 +52,7 @@ class Guided:
         away: what guidance leads away from the lack of: `label`, `text`, or `known`, the given frames, which the
             unconditional prediction sees as noisy as the others.
         cached: keep keys and values of finished frames, for a rollout with a cache.
+        marks: tell the network which frames are given; one that was never trained with any knows their level alone.
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class Guided:
         path: DiffusionPath,
         noise: FrameNoise,
         cached: bool = False,
+        marks: bool = True,
     ) -> None:
-        self.net, self.guidance, self.away = net, guidance, away
+        self.net, self.guidance, self.away, self.marks = net, guidance, away, marks
         self.path, self.noise = path, noise
         apart = guidance.scale != 1 and "known" not in away
         self.conditions = [cond, cond.without(away)] if apart else [cond]
@@ -73,7 +78,7 @@ class Guided:
             if cache is not None:
                 cache.keep = False
         predictions = [
-            partial(self.predict, replace(cond, known=known), cache, start)
+            partial(self.predict, replace(cond, known=known if self.marks else None), cache, start)
             for cond, cache in zip(self.conditions, self.caches, strict=True)
         ]
         if self.guidance.scale == 1 or ("known" in self.away and known is None):
@@ -142,6 +147,11 @@ class Generator:
         return next(self.net.parameters()).device
 
     @property
+    def continues(self) -> bool:
+        """Whether the model was trained to go on from finished frames."""
+        return self.trained.per_frame or self.trained.conditioning["context"]["probability"] > 0
+
+    @property
     def conditions(self) -> frozenset[str]:
         """The conditions that are given, beside frames."""
         given = {"label": self.labels, "text": self.text}
@@ -153,11 +163,16 @@ class Generator:
         if self.rollout == "full":
             ways = ["sliding", "autoregressive", *(["pyramid"] if self.trained.per_frame else [])]
             ways += ["cached"] if self.net.causal else []
+            more = f"; for more use rollout={'|'.join(ways)}" if self.continues else ""
             if length > self.trained.shape[1]:
                 raise ConfigError(
-                    f"frames={note or frames_of(self.vae, length)}: the model was trained on {trained} at once; "
-                    f"for more use rollout={'|'.join(ways)}"
+                    f"frames={note or frames_of(self.vae, length)}: the model was trained on {trained} at once{more}"
                 )
+        elif not self.continues and length > self.window:
+            raise ConfigError(
+                f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
+                f"it makes no more than frames={trained}"
+            )
         elif not 1 <= self.overlap < self.window:
             raise ConfigError(
                 f"a rollout in windows of {self.window} latent frames cannot keep {self.overlap} of them: "
@@ -169,12 +184,22 @@ class Generator:
             raise ConfigError("rollout=cached needs a causal model (model.net.attention=causal)")
         if self.rollout == "cached" and self.solver.context_noise:
             raise ConfigError("rollout=cached keeps finished frames clean: use context_noise=0")
-        if self.guidance.scale != 1 and not self.conditions:
+        if not given and self.trained.conditioning["context"]["probability"] == 1:
+            log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
+        if self.guidance.scale != 1:
             self.check_guidance(given)
 
     def check_guidance(self, given: int) -> None:
-        """Raise ConfigError where there is nothing for guidance to stress."""
-        if given and self.rollout != "cached":
+        """Raise ConfigError where there is nothing for guidance to stress; warn of what was never left out."""
+        conditioning = self.trained.conditioning
+        never = [kind for kind in sorted(self.conditions) if not conditioning["drop"].get(kind)]
+        if never or (not self.conditions and conditioning["context"]["probability"] == 1):
+            log.warning(
+                "guidance=%g: the model was trained with %s always there, so what it leads away from is not learned",
+                self.guidance.scale,
+                " and ".join(never) or "given frames",
+            )
+        if self.conditions or (given and self.rollout != "cached"):
             return
         taken = " or ".join(f"{kind}=..." for kind in sorted(self.net.kinds))
         remedy = f"give {taken}, or leave it out" if taken else "the model takes none: leave it out"
@@ -209,7 +234,8 @@ class Generator:
         given = None if given is None else given.expand(len(numbers), -1, -1, -1, -1)
         away = self.conditions or frozenset({"known"})
         cond, cached = self.condition(numbers), self.rollout == "cached"
-        model = Guided(self.net, cond, self.guidance, away, self.trained.path, noise, cached)
+        marks = self.trained.conditioning["context"]["probability"] > 0
+        model = Guided(self.net, cond, self.guidance, away, self.trained.path, noise, cached, marks)
         window, block = self.window, self.window - self.overlap
         match self.rollout:
             case "full":

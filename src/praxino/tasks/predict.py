@@ -227,7 +227,7 @@ PROTOCOL = {
 def check_context(generator: Generator, given: int) -> None:
     """Raise ConfigError for a model that was never given frames; warn where it was given others."""
     context = generator.trained.conditioning["context"]
-    if not context["probability"] and not generator.trained.per_frame:
+    if not generator.continues:
         raise ConfigError(
             "the model was trained without given frames (model.context.probability=0): it cannot continue"
         )
