@@ -24,6 +24,8 @@ def find_vae(cfg: DictConfig, out: Path | None = None) -> str | None:
     if isinstance(given, DictConfig):
         return None
     if out is not None and cfg.get("ckpt") is not None and (out / OWN).is_file():
+        if given is not None:
+            log.warning("model.vae=%s is not read: a run goes on with its own copy, %s", given, out / OWN)
         return str(out / OWN)
     if given is not None:
         return str(given)
