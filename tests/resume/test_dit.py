@@ -77,7 +77,8 @@ def test_a_run_goes_on_exactly_after_it_was_moved(tmp_path, latents):
     moved = configured(*data, "trainer.max_steps=10", f"out={tmp_path / 'moved'}", "ckpt=last")
     assert moved == whole
     assert whole["val/loss"] > 0
-    assert rows(tmp_path / "moved") == rows(tmp_path / "whole")
+    steps = [[row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("moved", "whole")]
+    assert steps[0] == steps[1]  # the first half also validated where it ended
     a, b = (load(tmp_path / name / "checkpoints" / "step-00000010.ckpt") for name in ("whole", "moved"))
     assert differences({part: a[part] for part in PARTS}, {part: b[part] for part in PARTS}) == []
 
