@@ -31,12 +31,12 @@ def close(a: dict, b: dict, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["", "-adamw-recompute", "-accumulate", "-muon"])
+@pytest.mark.parametrize("words", ["", "-adamw-recompute", "-accumulate"])
 def test_twenty_steps_equal_ddp(tmp_path, words):
     """Weights, average and clipping, which is always on: with SGD a wrong norm would show."""
     ddp = launch(tmp_path / "ddp", f"ddp{words}-20", 2)[0]
     fsdp = launch(tmp_path / "fsdp", f"fsdp{words}-20", 2)
-    close(fsdp[0], ddp, 1e-5 if "muon" in words else 1e-6)  # Muon multiplies in bf16
+    close(fsdp[0], ddp, 1e-6)
     close(fsdp[0], fsdp[1], 0)
     for size in ("local", "ema_local"):
         assert fsdp[0][size] + fsdp[1][size] == ddp[size]

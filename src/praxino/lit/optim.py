@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -78,6 +78,44 @@ def parameter_groups(parameters: list[nn.Parameter], decay: Literal["all", "matr
     ]
 
 
+class WholeMuon(Muon):
+    """Muon that makes whole matrices orthogonal, of weights in shards, too: pieces would round otherwise, in bf16.
+
+    The same gradients give the same step, sharded or not. Those that differ in the last bit do not: bf16 rounds some
+    entries the other way, and directions of little gradient count as much as any.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step the weights in shards, whose gradients it takes away, then the others."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(p, DTensor) and p.grad is not None:
+                    self.step_shard(p, group)
+                    p.grad = None
+        return super().step(closure)
+
+    def step_shard(self, p: DTensor, group: dict[str, Any]) -> None:
+        """Step one weight: momentum in shards, the rest by Muon on the whole."""
+        assert p.grad is not None
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        whole = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
+        whole.grad = update.full_tensor() if isinstance(update, DTensor) else update
+        Muon(
+            [whole],
+            **{key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")},
+            weight_decay=0.0,
+            momentum=0.0,
+            nesterov=False,
+        ).step()
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(distribute_tensor(whole.detach(), p.device_mesh, p.placements, src_data_rank=None))
+
+
 class MuonAdamW(Optimizer):
     """Muon for the matrices of the blocks, AdamW for everything else, behind one optimizer.
 
@@ -111,7 +149,7 @@ class MuonAdamW(Optimizer):
             adamw += [{**options, "params": others}] if others else []
         self.parts: list[Optimizer] = []
         if muon:
-            self.parts.append(Muon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(WholeMuon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
         if adamw:
             self.parts.append(AdamW(adamw, betas=betas, eps=eps))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
