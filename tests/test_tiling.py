@@ -12,7 +12,7 @@ from praxino import checkpoint, stream, tiling, video
 from praxino.errors import ConfigError
 from praxino.models.vae import VideoVAE
 from praxino.models.wfvae import SPACE_TIME, WFVAE
-from praxino.ops.causal import CausalConv3d
+from praxino.ops.causal import CausalConv3d, Stream
 from praxino.tasks.reconstruct import reconstruct
 
 PARTS = ("dowmsample_block", "downsample_wavelet", "upsample_block", "upsample_wavelet")
@@ -180,6 +180,47 @@ def test_state_of_tiles_does_not_grow_with_the_video(overrides: dict[str, str]) 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("make_vae", "options", "pieces"), [(make, {}, 6 + 6), (lambda: group_normed().float(), {"tile_frames": 9}, 6 + 4)]
+)
+def test_tiles_that_wait_keep_their_state_elsewhere(monkeypatch, make_vae, options, pieces) -> None:
+    """With a strongroom for the host, where a state is of no use, and which tells how many are out of it."""
+    vae, x = make_vae(), clip(21, 16, 24, torch.float32)
+    expected = torch.cat(list(stream.reconstruct(vae, [x], 4, tile=16, **options)), dim=2)
+    kind, name = (tiling.TiledInTime, "held") if options else (Stream, "_states")
+    locked, out, most = {}, set(), []
+
+    def to(push, device: torch.device) -> None:
+        if device is tiling.HOST:
+            out.discard(push)
+            locked[push] = getattr(push, name)
+            setattr(push, name, None)
+        else:
+            out.add(push)
+            setattr(push, name, locked.pop(push, getattr(push, name)))
+        most.append(len(out))
+
+    monkeypatch.setattr(kind, "to", to)
+    got = torch.cat(list(stream.reconstruct(vae, [x], 4, tile=16, **options, offload=True)), dim=2)
+    assert torch.equal(got, expected)
+    assert max(most) == 1
+    assert len(most) == 2 * 2 * pieces  # there and back, of two tiles, for the pieces of both halves
+
+
+def test_states_move_as_they_are() -> None:
+    held, frames = Stream(), torch.rand(1, 2, 5, 3, 4).to(memory_format=torch.channels_last_3d)
+    assert held.window("conv", frames, size=3, step=1) is not None
+    held.align("branch", frames, 2)
+    held.hold("begun", None)
+    before = held.tensors()
+    held.to(torch.device("meta"))
+    assert [(t.shape, t.stride(), t.dtype) for t in before] == [(t.shape, t.stride(), t.dtype) for t in held.tensors()]
+    assert len(before) == 2
+    assert all(t.is_meta for t in held.tensors())
+    assert held.begun("begun")
+
+
+@torch.no_grad()
 def test_tiles_can_be_flushed() -> None:
     vae, z = make().double(), torch.randn(1, 4, 3, 4, 4).double()
     decoder = stream.Decoder(vae, tile=16)
@@ -292,6 +333,7 @@ def test_reconstruct_in_tiles_says_that_it_is_lossy(tmp_path, caplog) -> None:
         ("exact", "streams", {}),
         ("large", "streams", {"tile": [24, 16]}),
         ("tiles", "streams", {"tile": 16}),
+        ("waiting", "streams", {"tile": 16, "offload": True}),
         ("whole", "whole", {}),
         ("time", "whole", {"tile_frames": 9}),
     ):
@@ -300,10 +342,13 @@ def test_reconstruct_in_tiles_says_that_it_is_lossy(tmp_path, caplog) -> None:
             result = reconstruct(
                 vae=str(tmp_path / vae), input=str(tmp_path / "in"), out=str(tmp_path / name), device="cpu", **options
             )
-        assert caplog.text.count("lossy") == len(options)
+        assert caplog.text.count("lossy") == len(options) - options.get("offload", False)
         assert result["frames"] == 10
         psnr[name] = result["psnr"]
     assert psnr["large"] == psnr["exact"]
+    assert psnr["waiting"] == psnr["tiles"]
     assert len(set(psnr.values())) == 4
     with pytest.raises(ConfigError, match="streams exactly"):
         reconstruct(vae=str(tmp_path / "streams"), input=str(tmp_path / "in"), out=str(tmp_path / "no"), tile_frames=9)
+    with pytest.raises(ConfigError, match="use it with tile"):
+        reconstruct(vae=str(tmp_path / "streams"), input=str(tmp_path / "in"), out=str(tmp_path / "no"), offload=True)

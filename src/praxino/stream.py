@@ -3,11 +3,14 @@
 Memory depends on the chunk, not on the length, and a chunk may have any size. Under `torch.no_grad()`, that is:
 gradients flow through a stream, and then all of it is kept.
 
-Two options trade exactness for memory and are lossy (see `praxino.tiling`). Wherever they occur:
+Two options trade exactness for memory and are lossy (see `praxino.tiling`), one trades time and is exact. Wherever
+they occur:
     tile: height and width in pixels, or one number: frames go through the model in blended tiles of this size, which
         overlap by `overlap` of a tile. A tile as large as the frame changes nothing.
     tile_frames: 1 + s*k frames: how a model that cannot stream (group norm) works on long videos all the same, in
         tiles of time.
+    offload: what the layers hold back of each tile waits in the host's memory for the tile's next turn, not on the
+        model's device. All of it is copied there and back once a chunk: choose large ones.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,9 +28,14 @@ class Encoder:
     """The encoding of one video, piece by piece."""
 
     def __init__(
-        self, vae: VideoVAE, tile: Tile | None = None, overlap: float = 0.25, tile_frames: int | None = None
+        self,
+        vae: VideoVAE,
+        tile: Tile | None = None,
+        overlap: float = 0.25,
+        tile_frames: int | None = None,
+        offload: bool = False,
     ) -> None:
-        self._push = tiling.encoder(vae, tile, overlap, tile_frames)
+        self._push = tiling.encoder(vae, tile, overlap, tile_frames, offload)
 
     def push(self, x: Tensor | None, final: bool = False) -> Posterior | None:
         """Take the next frames `(B, 3, t, H, W)` and return the latents that are ready; None flushes."""
@@ -39,9 +47,14 @@ class Decoder:
     """The decoding of one video, piece by piece."""
 
     def __init__(
-        self, vae: VideoVAE, tile: Tile | None = None, overlap: float = 0.25, tile_frames: int | None = None
+        self,
+        vae: VideoVAE,
+        tile: Tile | None = None,
+        overlap: float = 0.25,
+        tile_frames: int | None = None,
+        offload: bool = False,
     ) -> None:
-        self._push = tiling.decoder(vae, tile, overlap, tile_frames)
+        self._push = tiling.decoder(vae, tile, overlap, tile_frames, offload)
 
     def push(self, z: Tensor | None, final: bool = False) -> Tensor | None:
         """Take the next latents `(B, C, t, h, w)` and return the frames that are ready; None flushes."""
@@ -118,6 +131,7 @@ def reconstruct(
     tile: Tile | None = None,
     overlap: float = 0.25,
     tile_frames: int | None = None,
+    offload: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the reconstruction of a video of any length and size, through the posterior's mode.
 
@@ -132,7 +146,8 @@ def reconstruct(
         Pieces like the given ones (not of the same lengths), in all exactly as many frames.
     """
     check_chunk(chunk)
-    encoder, decoder = Encoder(vae, tile, overlap, tile_frames), Decoder(vae, tile, overlap, tile_frames)
+    options = (tile, overlap, tile_frames, offload)
+    encoder, decoder = Encoder(vae, *options), Decoder(vae, *options)
     taken = given = 0
     for piece, like, final in look_ahead(vae, chunks, chunk):
         taken += piece.shape[2]

@@ -3,7 +3,8 @@
 In space, tiles overlap and are blended. A tile sees nothing beyond its border, where a model puts zeros, and
 attention in frames and group norm look no further than the tile: the result is close to the whole but not equal to
 it (`benchmarks/tiling.py` measures by how much). In time nothing is lost: every tile has a stream of its own. In
-`stream.reconstruct` all of these hold their state at once; `stream.encode` and `decode` take one tile after the other.
+`stream.reconstruct` all of these hold their state at once, on a card more than anything else: `offload` keeps that of
+the tiles that wait in the host's memory. `stream.encode` and `decode` take one tile after the other.
 
 Blended are the raw moments, log-variances like means: a weighted mean of log-variances is what two estimates of one
 posterior call for. Variances would let the more uncertain tile win; those of `w z1 + (1 - w) z2` would shrink in the
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +28,16 @@ from praxino.models.vae import Piece, VideoVAE
 from praxino.ops.causal import Stream
 
 Tile = int | Sequence[int]
-Push = Callable[[Tensor | None, bool], Tensor | None]  # the next piece, and whether it is the last -> what is ready
+HOST = torch.device("cpu")
+
+
+class Push(Protocol):
+    """One pass over a video: takes the next piece, and whether it is the last, and returns what is ready."""
+
+    def __call__(self, x: Tensor | None, final: bool = False) -> Tensor | None: ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what is held between two pieces to a device."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +177,20 @@ class Streamed:
         self.stream.final |= final
         return self.step(x, self.stream).main
 
+    def to(self, device: torch.device) -> None:
+        self.stream.to(device)
+
 
 class TiledInSpace:
-    """A pass over frames in tiles, each with a pass of its own in time."""
+    """A pass over frames in tiles, each with a pass of its own in time.
 
-    def __init__(self, make: Callable[[], Push], lay: Callable[[Sequence[int]], Grid]) -> None:
-        self.make, self.lay = make, lay
+    What the tiles hold stays on the `device` of the model, or comes there from the host for their turn (`offload`).
+    """
+
+    def __init__(
+        self, make: Callable[[], Push], lay: Callable[[Sequence[int]], Grid], device: torch.device, offload: bool
+    ) -> None:
+        self.make, self.lay, self.device, self.offload = make, lay, device, offload
         self.grid: Grid | None = None
         self.passes: list[Push] = []
 
@@ -182,7 +201,20 @@ class TiledInSpace:
             self.grid = self.lay(x.shape)
             self.passes = [self.make() for _ in self.grid.places()]
         crops = [None] * len(self.grid) if x is None else self.grid.crops(x)
-        return self.grid.blend(push(crop, final) for push, crop in zip(self.passes, crops, strict=True))
+        return self.grid.blend(self.turn(push, crop, final) for push, crop in zip(self.passes, crops, strict=True))
+
+    def turn(self, push: Push, crop: Tensor | None, final: bool) -> Tensor | None:
+        """Send a tile's next piece through the model."""
+        if not self.offload:
+            return push(crop, final)
+        push.to(self.device)
+        y = push(crop, final)
+        push.to(HOST)
+        return y
+
+    def to(self, device: torch.device) -> None:
+        for push in self.passes:
+            push.to(device)
 
 
 class TiledInTime:
@@ -212,6 +244,9 @@ class TiledInTime:
             parts.append(self.next(self.held))
         return torch.cat(parts, dim=2) if parts else None
 
+    def to(self, device: torch.device) -> None:
+        self.held = None if self.held is None else self.held.to(device)
+
     def next(self, tile: Tensor) -> Tensor:
         """Send the next tile through the model and return what is new."""
         y = self.whole(tile)
@@ -240,11 +275,14 @@ def check_tile_frames(vae: VideoVAE, tile_frames: int) -> None:
         )
 
 
-def encoder(vae: VideoVAE, tile: Tile | None, overlap: float, tile_frames: int | None) -> Push:
+def encoder(vae: VideoVAE, tile: Tile | None, overlap: float, tile_frames: int | None, offload: bool = False) -> Push:
     """Begin to encode a video: pixels to moments."""
     if tile is not None:
         return TiledInSpace(
-            lambda: encoder(vae, None, overlap, tile_frames), lambda shape: pixel_grid(vae, shape, tile, overlap)
+            lambda: encoder(vae, None, overlap, tile_frames),
+            lambda shape: pixel_grid(vae, shape, tile, overlap),
+            next(vae.parameters()).device,
+            offload,
         )
     if tile_frames is None:
         return Streamed(vae.encode_stream)
@@ -253,11 +291,14 @@ def encoder(vae: VideoVAE, tile: Tile | None, overlap: float, tile_frames: int |
     return TiledInTime(lambda x: vae.encode(x).moments, tile_frames, carry=frames, drop=latents)
 
 
-def decoder(vae: VideoVAE, tile: Tile | None, overlap: float, tile_frames: int | None) -> Push:
+def decoder(vae: VideoVAE, tile: Tile | None, overlap: float, tile_frames: int | None, offload: bool = False) -> Push:
     """Begin to decode a video: latents to pixels."""
     if tile is not None:
         return TiledInSpace(
-            lambda: decoder(vae, None, overlap, tile_frames), lambda shape: latent_grid(vae, shape, tile, overlap)
+            lambda: decoder(vae, None, overlap, tile_frames),
+            lambda shape: latent_grid(vae, shape, tile, overlap),
+            next(vae.parameters()).device,
+            offload,
         )
     if tile_frames is None:
         return Streamed(vae.decode_stream)

@@ -63,6 +63,11 @@ class Stream:
         """Store frames for the next push; a copy, since a slice would keep its whole chunk alive."""
         self._states[layer] = None if frames is None or self.final else frames.clone()
 
+    def to(self, device: torch.device) -> None:
+        """Move everything that is held to a device."""
+        self._states = {layer: None if t is None else t.to(device) for layer, t in self._states.items()}
+        self._queues = {layer: t.to(device) for layer, t in self._queues.items()}
+
     def tensors(self) -> list[Tensor]:
         """Return everything that is held, e.g. to measure it."""
         return [t for t in (*self._states.values(), *self._queues.values()) if t is not None]

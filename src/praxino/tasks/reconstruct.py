@@ -56,6 +56,7 @@ def reconstruct(
     tile: Size = None,
     overlap: float = 0.25,
     tile_frames: int | None = None,
+    offload: bool = False,
     save_original: bool = False,
     side_by_side: bool = False,
     limit: int | None = None,
@@ -80,6 +81,8 @@ def reconstruct(
             `overlap` of a tile and are blended. None, or a tile as large as the frame, is exact.
         tile_frames: lossy: tiles of that many frames, for a VAE whose group norm cannot stream. None takes its videos
             in one piece.
+        offload: what tiles hold waits in the host's memory rather than on the card: exact, but copied there and back
+            once a chunk, so choose large ones.
         save_original: write the exact clips that the VAE was fed, without loss, under `out/origin`.
         side_by_side: write original | reconstruction under `out/side_by_side`.
         images: take lone pictures in a tree as videos of one frame.
@@ -100,7 +103,7 @@ def reconstruct(
     model = checkpoint.load(vae, weights=weights, device=chosen)
     if tile_frames is None:
         check_chunk(model, chunk, " or use tile_frames=N (tiles of time, lossy)")
-    tiles = make_tiles(model, tile, overlap, tile_frames)
+    tiles = make_tiles(model, tile, overlap, tile_frames, offload)
     root, sources, rejected = find_sources(root, images, cache_dir)
     sources = sources[:limit]
     kinds = [kind for kind, wanted in {"origin": save_original, "side_by_side": side_by_side}.items() if wanted]
@@ -144,15 +147,17 @@ def reconstruct(
     return {"videos": len(rows), "frames": sum(row["frames"] for row in rows), "rejected": len(rejected), **means}
 
 
-def make_tiles(model: VideoVAE, tile: Size, overlap: float, tile_frames: int | None) -> dict[str, Any]:
+def make_tiles(model: VideoVAE, tile: Size, overlap: float, tile_frames: int | None, offload: bool) -> dict[str, Any]:
     """Return the options of tiling, checked against the model; say in the log what is lossy."""
+    if offload and tile is None:
+        raise ConfigError("offload=true is about tiles that wait for their turn: use it with tile, e.g. tile=512")
     if tile is not None:
         tiling.check_tile(model, tile, overlap)
         log.warning("tile=%s, overlap=%s: tiling is lossy where a frame is larger than a tile", tile, overlap)
     if tile_frames is not None:
         tiling.check_tile_frames(model, tile_frames)
         log.warning("tile_frames=%s: tiling in time is lossy where a video is longer than a tile", tile_frames)
-    return {"tile": tile, "overlap": overlap, "tile_frames": tile_frames}
+    return {"tile": tile, "overlap": overlap, "tile_frames": tile_frames, "offload": offload}
 
 
 def find_sources(path: Path, images: bool, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
