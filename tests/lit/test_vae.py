@@ -10,7 +10,7 @@ import torch
 from praxino.callbacks.guard import FiniteGuard
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
 from praxino.lit.optim import warmup_constant
-from training import Clips, Data, Tape, load, make_module, make_net, rows, train
+from training import Clips, Data, Tape, load, make_module, rows, train
 
 
 def sgd(lr: float) -> partial:
@@ -223,17 +223,6 @@ def test_memory_layout_changes_nothing_but_the_layout(tmp_path):
         train(out, steps=3, module=module)
         losses.append([row["train/loss"] for row in rows(out)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_compiling_in_place_keeps_the_names(tmp_path):
-    module = make_module(compile=True)
-    names = list(module.state_dict())
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(suppress_errors=False), torch.compiler.set_stance("force_eager"):
-        train(tmp_path, steps=1, module=module)
-    assert list(module.state_dict()) == names == [f"net.{name}" for name in make_net().state_dict()]
-    assert module.net._compiled_call_impl is not None
 
 
 def test_weight_decay_of_matrices_only():

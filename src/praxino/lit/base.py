@@ -45,7 +45,7 @@ class StepModule(pl.LightningModule):
         decay: weight decay of all parameters, or of matrices and kernels only, without biases and norm gains.
         max_bad_steps: consecutive steps with a non-finite loss or gradient, each skipped, that end the run.
         seed: of the noise.
-        compile: compile the network in place (`torch.compile`); the names of its weights stay.
+        compile: compile the network's blocks in place (`torch.compile`); the names of its weights stay.
     """
 
     def __init__(
@@ -158,11 +158,6 @@ class StepModule(pl.LightningModule):
             return [self.optimizer_of(prefix)(self.groups(prefix)) for prefix in self.learners()]
         except ValueError as error:  # torch checks the ranges: a negative learning rate, betas outside of [0, 1)
             raise ConfigError(f"model.optimizer: {error}") from error
-
-    def on_fit_start(self) -> None:
-        """Compile in place."""
-        if self.compile_net:
-            self.net.compile()
 
     def on_train_start(self) -> None:
         """Tell the loggers that keep files from which step the run goes on."""

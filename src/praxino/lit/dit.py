@@ -133,9 +133,6 @@ class DiTModule(StepModule):
             own.copy_(buffer)
         return copy
 
-    def on_fit_start(self) -> None:
-        """Do nothing: the blocks are compiled already."""
-
     def learners(self) -> dict[str, list[nn.Parameter]]:
         """Return the weights of the network."""
         return {"": [p for p in self.net.parameters() if p.requires_grad]}

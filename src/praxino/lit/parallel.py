@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from praxino.errors import ConfigError
 from praxino.models.foreign import ForeignVAE
 from praxino.models.vae import VideoVAE
+from praxino.ops.attention import AttnBlock3DFix
 from praxino.ops.blocks import ResnetBlock
 from praxino.ops.causal import Stream
 
+SHAPES = 64  # of blocks that are compiled before the rest runs as it is; a network has about twelve
 # dense bf16 operations a second by the makers' data sheets, of the first name that the device's contains
 PEAKS = {
     "B200": 2.25e15,
@@ -103,6 +105,38 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Compile blocks in place; those of one kind share what is compiled, and the names of their weights stay."""
     for block in blocks:
         block.compile()
+
+
+def compile_vae(net: VideoVAE, backend: str = "inductor") -> None:
+    """Compile what an autoencoder computes in training, in place; the names of its weights stay.
+
+    Compiled are the residual and the attention blocks, each shape of them once. Other layers, the last one among them,
+    at which an adversary is weighed, stay as they are: a gradient there needs no backward pass of the rest. So do
+    pieces of videos, and what is computed without gradients. A foreign network is compiled as a whole. Activations are
+    recomputed around what is compiled: call this before `checkpoint_blocks`.
+    """
+    blocks = [module for module in net.modules() if isinstance(module, ResnetBlock | AttnBlock3DFix)]
+    if not blocks:
+        torch._functorch.config.donated_buffer = False  # backward may run twice: see VAEModule.generator_loss
+        return net.compile(backend=backend)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    compiled = torch.compile(whole, dynamic=False, backend=backend)
+    for block in blocks:
+        block.forward = partial(in_training, compiled, block)  # type: ignore[method-assign]
+
+
+def whole(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block on a whole video."""
+    stream = Stream(final=True)
+    stream.open()
+    return type(block).forward(block, x, stream)
+
+
+def in_training(compiled: Callable[..., Any], block: nn.Module, x: Tensor | None, stream: Stream) -> Tensor | None:
+    """Run a block: compiled where it learns from a whole video."""
+    if x is None or not stream.whole or not torch.is_grad_enabled():
+        return type(block).forward(block, x, stream)
+    return compiled(block, x.contiguous(memory_format=torch.channels_last_3d))
 
 
 def recomputed(forward: Callable[..., Any], x: Tensor | None, stream: Stream) -> Tensor | None:

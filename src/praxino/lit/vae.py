@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from praxino.errors import ConfigError
 from praxino.lit.base import StepModule
 from praxino.lit.optim import seed_of
-from praxino.lit.parallel import average, checkpoint_blocks, freeze_parts, frozen
+from praxino.lit.parallel import average, checkpoint_blocks, compile_vae, freeze_parts, frozen
 from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
 from praxino.losses.vae import VAELoss
@@ -88,6 +88,8 @@ class VAEModule(StepModule):
             )
         if channels_last:
             net.channels_last()
+        if compile:
+            compile_vae(net)
         if checkpoint_activations:
             checkpoint_blocks(net)
         if adversary is not None:
@@ -135,7 +137,6 @@ class VAEModule(StepModule):
 
     def on_fit_start(self) -> None:
         """Let all ranks begin with the same adversary, which DDP does not know."""
-        super().on_fit_start()
         if self.adversary is not None and dist.is_initialized():
             for tensor in self.adversary.state_dict().values():
                 dist.broadcast(tensor, 0)
