@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch._functorch import config as functorch
 
 from praxino import stream
 from praxino.config import conf_dir, instantiate, register_resolvers
+from praxino.lit.parallel import compile_vae
 from praxino.lit.vae import VAEModule
 from praxino.losses.vae import VAELoss
 from praxino.models.causalvae import CausalVAE
+from praxino.models.identity import IdentityVAE
 from praxino.ops.blocks import ResnetBlock
 from training import make_adversary, make_module, make_net, rows, train
 
@@ -70,6 +73,16 @@ def test_only_whole_videos_that_teach_are_compiled(compiled):
     own = {id(m) for m in other.modules()}
     assert compiled
     assert all(id(block) in own for block, _ in compiled)
+
+
+def test_a_network_without_blocks_of_ours_is_compiled_as_a_whole(monkeypatch):
+    monkeypatch.setattr(functorch, "donated_buffer", True)
+    net = IdentityVAE()
+    compile_vae(net, backend="eager")
+    x = torch.rand(1, 3, 5, 8, 8, requires_grad=True)
+    torch.testing.assert_close(net(x, sample=False).recon, IdentityVAE()(x, sample=False).recon)
+    assert net._compiled_call_impl is not None
+    assert not functorch.donated_buffer
 
 
 def build(experiment: str, *overrides: str) -> VAEModule:

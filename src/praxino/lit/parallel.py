@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.checkpoint import checkpoint
 
@@ -117,7 +118,7 @@ def compile_vae(net: VideoVAE, backend: str = "inductor") -> None:
     """
     blocks = [module for module in net.modules() if isinstance(module, ResnetBlock | AttnBlock3DFix)]
     if not blocks:
-        torch._functorch.config.donated_buffer = False  # backward may run twice: see VAEModule.generator_loss
+        functorch.donated_buffer = False  # backward may run more than once: see VAEModule.generator_loss
         return net.compile(backend=backend)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     compiled = torch.compile(whole, dynamic=False, backend=backend)
