@@ -30,7 +30,7 @@ from praxino.lit.base import StepModule
 from praxino.models.vae import VideoVAE
 from praxino.shards import is_sharded
 from praxino.tasks.attach import attach, fill_in, keep_vae
-from praxino.tasks.common import describe_run, make_directory
+from praxino.tasks.common import check_outside, describe_run, make_directory
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(
             "trainer.val_check_interval=0: use a positive number; trainer.limit_val_batches=0 never validates"
         )
+    data = instantiate(cfg.data)
+    check_outside(cfg.out, {f"data.{key}": getattr(data, key, None) for key in ("root", "val_root")})
     out = make_directory(cfg.out)
     resume = resume_from(cfg.ckpt, out)
     quiet_lightning()
     pl.seed_everything(cfg.seed, workers=False, verbose=False)
 
-    data = instantiate(cfg.data)
     model: StepModule = instantiate(cfg.model)
     attach(model, cfg, out)
     model.check_data(cfg.frames, plain(cfg.size), cfg.batch, getattr(data, "manifest", None))
