@@ -134,10 +134,9 @@ class Denoiser(nn.Module, ABC):
         shapes = {"known": (batch, frames), "first": (batch,), "label": (batch,), "text_mask": (batch, words)}
         for kind in ("label", "text"):
             if getattr(cond, kind) is not None and kind not in self.kinds:
-                remedy = "classes" if kind == "label" else "text_width"
-                raise ValueError(
-                    f"this {type(self).__name__} takes no {kind}: leave it out, or build it with {remedy}."
-                )
+                size = "classes" if kind == "label" else "text_width"
+                remedy = f", or build it with {size}" if size in self.config else ""
+                raise ValueError(f"this {type(self).__name__} takes no {kind}: leave it out{remedy}.")
         for name, value in cond.given().items():
             shape = shapes.get(name, (batch, words, self.text_width))
             if tuple(value.shape) != shape:

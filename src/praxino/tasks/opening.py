@@ -6,14 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from praxino import checkpoint
 from praxino.checkpoint import Trained
+from praxino.data.latents import read_text
 from praxino.diffusion.solve import Sampler, Solver
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError
 from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import at_least
@@ -131,10 +130,7 @@ def text_of(net: Denoiser, path: str | None) -> Tensor | None:
         return None
     if net.text_width is None:
         raise ConfigError(f"text={path}: the model takes no text: leave it out")
-    try:
-        words = load_file(path)["text"].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"text={path}: not an embedded text ({checkpoint.one_line(error)})") from error
-    if words.ndim != 2 or words.shape[1] != net.text_width:
+    words = read_text(path)
+    if words.shape[1] != net.text_width:
         raise ConfigError(f"text={path} has shape {tuple(words.shape)}: the model takes (words, {net.text_width})")
     return words
