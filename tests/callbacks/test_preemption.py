@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from praxino.callbacks.checkpoint import is_whole
+from praxino.callbacks.durable import is_whole
 from training import Data, Tape, load, make_module, train
 
 SCRIPT = Path(__file__).with_name("preempt_run.py")

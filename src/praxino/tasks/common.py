@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -109,6 +110,19 @@ def keep_log(path: Path) -> None:
     handler.name = "praxino run"
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(handler)
+
+
+def quiet_lightning() -> None:
+    """Leave Lightning's warnings, drop its chatter, and let every line appear once."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new
 
 
 def pick_device(device: str) -> torch.device:
