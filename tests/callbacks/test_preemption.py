@@ -39,9 +39,10 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_sigterm_saves_and_exits_with_75(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_exits_with_75(tmp_path, number):
     run = start(tmp_path)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     assert run.wait(timeout=60) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
