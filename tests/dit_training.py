@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from praxino.diffusion.loss import DiffusionLoss
 from praxino.diffusion.path import RectifiedFlow
@@ -14,7 +13,7 @@ from praxino.lit.context import Context
 from praxino.lit.dit import DiTModule
 from praxino.lit.optim import warmup_cosine
 from praxino.models.dit import VideoDiT
-from training import Data, Loader, Order
+from training import Clips, Data
 
 SHAPE = (3, 4, 4, 4)
 
@@ -52,14 +51,8 @@ class FixedLoss(DiffusionLoss):
         return super().__call__(denoise, x, **options)
 
 
-class LatentSet(Dataset):
+class LatentSet(Clips):
     """Latents that are a function of (epoch, index): a label's mean and a little noise."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
@@ -71,13 +64,4 @@ class LatentSet(Dataset):
 class LatentBatches(Data):
     """`training.Data` with latents in the place of clips."""
 
-    def train_dataloader(self) -> Loader:
-        loader = Loader(Order(self.count, self.batch, *self.ranks()), self.workers)
-        object.__setattr__(loader, "dataset", LatentSet(self.count))
-        return loader
-
-    def val_dataloader(self) -> DataLoader:
-        rank, world = self.ranks()
-        keys = [(999, index) for index in range(5)][rank::world]
-        groups = [keys[i : i + self.val_batch] for i in range(0, len(keys), self.val_batch)]
-        return DataLoader(LatentSet(5), batch_sampler=groups)
+    clips = LatentSet

@@ -87,11 +87,9 @@ class Order:
 class Loader(DataLoader):
     """Goes on from any position."""
 
-    def __init__(self, order: Order, workers: int = 0) -> None:
+    def __init__(self, order: Order, dataset: Dataset, workers: int = 0) -> None:
         self.order, self.position = order, 0
-        super().__init__(
-            Clips(order.count), batch_sampler=order, num_workers=workers, generator=torch.Generator().manual_seed(0)
-        )
+        super().__init__(dataset, batch_sampler=order, num_workers=workers, generator=torch.Generator().manual_seed(0))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         self.order.epoch, self.order.start = divmod(self.position, len(self.order))
@@ -107,6 +105,8 @@ class Loader(DataLoader):
 
 
 class Data(pl.LightningDataModule):
+    clips: type[Clips] = Clips
+
     def __init__(self, count: int = 12, batch: int = 2, workers: int = 0, val_batch: int = 2) -> None:
         super().__init__()
         self.count, self.batch, self.workers, self.val_batch = count, batch, workers, val_batch
@@ -116,13 +116,13 @@ class Data(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def train_dataloader(self) -> Loader:
-        return Loader(Order(self.count, self.batch, *self.ranks()), self.workers)
+        return Loader(Order(self.count, self.batch, *self.ranks()), self.clips(self.count), self.workers)
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self.ranks()
         keys = [(999, index) for index in range(5)][rank::world]
         groups = [keys[i : i + self.val_batch] for i in range(0, len(keys), self.val_batch)]
-        return DataLoader(Clips(5), batch_sampler=groups)
+        return DataLoader(self.clips(5), batch_sampler=groups)
 
 
 class Tape(pl.Callback):

@@ -24,7 +24,8 @@ from praxino.diffusion.path import Cosine, LinearBeta, LinearLogSNR, RectifiedFl
 from praxino.diffusion.path import Path as DiffusionPath
 from praxino.errors import CheckpointError, ConfigError, PraxinoError
 from praxino.models.denoiser import Denoiser
-from praxino.models.vae import FORMAT, VideoVAE, describe
+from praxino.models.header import FORMAT
+from praxino.models.vae import VideoVAE, describe
 from praxino.official import (
     CONFIG,
     INDEX,

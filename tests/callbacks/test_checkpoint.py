@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from praxino.callbacks import checkpoint as module_under_test
-from praxino.callbacks.checkpoint import Checkpoint, DurableIO, is_whole, lock
+from praxino.callbacks.checkpoint import Checkpoint, lock
+from praxino.callbacks.durable import DurableIO, is_whole
 from praxino.errors import BusyError, ConfigError, NonFiniteError, StorageError
 from training import Data, load, make_module, train
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from praxino.callbacks.checkpoint import is_whole
+from praxino.callbacks.durable import is_whole
 from training import Data, Tape, load, make_module, train
 
 SCRIPT = Path(__file__).with_name("preempt_run.py")
@@ -39,9 +39,10 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_sigterm_saves_and_exits_with_75(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_exits_with_75(tmp_path, number):
     run = start(tmp_path)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     assert run.wait(timeout=60) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)

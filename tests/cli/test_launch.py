@@ -7,8 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
+from dit_run import FRAMES, SIZE, make_vae
+from praxino import checkpoint
+from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import make_dataset
+from praxino.tasks.encode import encode
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -16,7 +23,6 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 }
 SETTINGS = [
-    "experiment=wfvae_tiny",
     "trainer=ddp",
     "trainer.accelerator=cpu",
     "trainer.devices=2",
@@ -25,16 +31,27 @@ SETTINGS = [
     "trainer.val_check_interval=2",
     "data.workers=0",
     "batch=1",
-    "frames=5",
-    "size=16",
 ]
+VAE = ["experiment=wfvae_tiny", "frames=5", "size=16"]
+DIT = ["experiment=dit_tiny", f"frames={FRAMES}", "model.net.width=32", "model.net.depth=1", "model.net.num_heads=2"]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("videos")
     make_dataset(folder, videos=4, val_videos=3, frames=5, size=16, workers=1)
-    return [f"data.root={folder / 'train'}", f"data.val_root={folder / 'val'}"]
+    return [*VAE, f"data.root={folder / 'train'}", f"data.val_root={folder / 'val'}"]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("latents")
+    make_dataset(folder / "videos", videos=4, val_videos=3, frames=FRAMES, size=SIZE, workers=1)
+    checkpoint.save_vae(make_vae(), folder / "vae.ckpt")
+    for part in ("train", "val"):
+        root, settings = {"root": str(folder / "videos" / part)}, {"frames": FRAMES, "size": SIZE, "workers": 0}
+        encode(str(folder / "vae.ckpt"), root, str(folder / part), **settings, device="cpu")  # type: ignore[arg-type]
+    return [*DIT, f"data.root={folder / 'train'}", f"data.val_root={folder / 'val'}"]
 
 
 def launch(folder: Path, launcher: str, settings: list[str]) -> None:
@@ -53,12 +70,13 @@ def last_row(run: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_one_directory_a_run(tmp_path: Path, videos: list[str]) -> None:
+@pytest.mark.parametrize("data", ["videos", "latents"])
+def test_one_directory_a_run(tmp_path: Path, data: str, request: pytest.FixtureRequest) -> None:
     found = {}
     for launcher in LAUNCHERS:
-        launch(tmp_path / launcher, launcher, videos)
+        launch(tmp_path / launcher, launcher, request.getfixturevalue(data))
         (run,) = (tmp_path / launcher / "runs").iterdir()
-        assert [path.name for path in (run / "checkpoints").glob("*.ckpt")] == ["step-00000002.ckpt"]
+        assert [path.name for path in (run / "checkpoints").glob("step-*.ckpt")] == ["step-00000002.ckpt"]
         found[launcher] = last_row(run)
     assert found["lightning"] == found["torchrun"]
 
@@ -71,3 +89,32 @@ def test_one_directory_a_job_of_a_sweep(tmp_path: Path, videos: list[str]) -> No
     assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
     rows = [last_row(sweep / job) for job in "01"]
     assert rows[0]["val/psnr"] != rows[1]["val/psnr"]
+
+
+# the keys of SlurmQueueConf in hydra-submitit-launcher 1.2, an extra that the tests do without
+SLURM = [
+    "submitit_folder", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
+    "stderr_to_stdout", "partition", "qos", "comment", "constraint", "exclude", "gres", "cpus_per_gpu", "gpus_per_task",
+    "mem_per_gpu", "mem_per_cpu", "account", "signal_delay_s", "max_num_timeout", "additional_parameters",
+    "array_parallelism", "setup",
+]  # fmt: skip
+
+
+def test_slurm_is_asked_for_a_task_a_device() -> None:
+    node = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"}
+    content = OmegaConf.create({**node, **dict.fromkeys(SLURM)})
+    OmegaConf.set_struct(content, True)
+    store = ConfigStore.instance()
+    store.store(group="hydra/launcher", name="submitit_slurm", node=content)
+    register_resolvers()
+    words = ["launcher=slurm", "experiment=dit_s", "data.root=L", "trainer=ddp", "trainer.devices=8", "out=S"]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            cfg = compose("train", overrides=[*words, "hydra.launcher.partition=gpu"], return_hydra_config=True)
+    finally:
+        store.repo["hydra"]["launcher"].pop("submitit_slurm.yaml")
+    queue = cfg.hydra.launcher
+    assert cfg.hydra.mode.name == "MULTIRUN"  # submitit queues jobs of a sweep alone
+    assert (queue.nodes, queue.tasks_per_node, queue.gpus_per_node) == (1, cfg.trainer.devices, cfg.trainer.devices)
+    assert (queue.partition, queue.max_num_timeout) == ("gpu", 0)
+    assert (cfg.hydra.sweep.dir, queue.submitit_folder) == ("S", "S/.submitit/%j")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from praxino import checkpoint, shards
-from praxino.callbacks.checkpoint import DurableIO
+from praxino.callbacks.durable import DurableIO
 from praxino.errors import CheckpointError
 
 SCRIPT = Path(__file__).with_name("fsdp_run.py")

@@ -78,8 +78,10 @@ def test_conditions():
     torch.testing.assert_close(net(z, t, label.without({"label"})), y, rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="UNet3D is not causal"):
         net.new_cache()
-    with pytest.raises(ValueError, match="this UNet3D takes no label"):
+    with pytest.raises(ValueError, match=r"this UNet3D takes no label: .* with classes"):
         make()(z, t, label)
+    with pytest.raises(ValueError, match=r"this UNet3D takes no text: leave it out\.$"):
+        net(z, t, Condition(text=torch.zeros(2, 1, 5)))
 
 
 def test_batches_are_independent():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from praxino.callbacks.checkpoint import DurableIO, is_whole
+from praxino.callbacks.durable import DurableIO, is_whole
 
 SHM = Path("/dev/shm")
 

@@ -233,7 +233,7 @@ def test_labels(vae: Path, videos: Path, tmp_path: Path) -> None:
     table.write_text("path,label,note\n" + "".join(rows))
     encoded(vae, videos, tmp_path / "csv", labels=str(table), limit=6)
     assert labels(read_manifest(tmp_path / "csv"))["a/3.mp4"] == "odd"
-    with pytest.raises(ConfigError, match=r"no row for 2 of 8 videos, first 'b/4.mp4'"):
+    with pytest.raises(ConfigError, match=r"no row for 2 of 8 videos, first 'a/7.mp4'"):
         encoded(vae, videos, tmp_path / "more", labels=str(table))
     with pytest.raises(ConfigError, match=r"no folder below data.root for 4 of 4 videos, first '1.mp4'"):
         encoded(vae, videos / "a", tmp_path / "flat", labels="folders")

@@ -11,9 +11,11 @@ from torch import Tensor
 from praxino.checkpoint import save_official
 from praxino.data.synthetic import make_dataset
 from praxino.errors import ConfigError, PraxinoError
+from praxino.models.dit import VideoDiT
 from praxino.models.vae import Posterior
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.doctor import check_latents, check_vae, doctor
+from praxino.tasks.doctor_dit import check_cache, check_latent_training, check_learning
 from praxino.video import write
 
 from ..training import make_net
@@ -47,6 +49,7 @@ def test_a_report_of_data_and_vae(videos: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out" / "doctor.json").read_text())
     colours = states(result["checks"])
     good = {"readable", "length", "rate", "size", "finite", "causality", "chunks", "cost"}
+    good |= {"cache", "denoiser", "sample"}
     assert {name for name, colour in colours.items() if colour == "green"} >= good
     assert colours["statistics"] == "yellow"
     assert result["healthy"] == ("red" not in colours.values())
@@ -103,3 +106,31 @@ def test_statistics_of_other_latents() -> None:
     assert check.value == pytest.approx(1.0, abs=0.1)
     net.set_statistics([0.0, 0.0], [1.0, 1.0])
     assert check_latents(net, latents, variance).colour == "yellow"
+
+
+def test_latents_that_bf16_cannot_hold() -> None:
+    moments = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    check = check_cache(moments)
+    assert check.colour == "green"
+    mean = moments[:, :2]
+    rounding = (mean.bfloat16().float() - mean).square().mean().sqrt() / mean.std()
+    assert check.value == pytest.approx(float(rounding))
+    far = check_cache(moments + 100)  # bf16 is 0.5 apart there
+    assert far.colour == "yellow"
+    assert 0.1 < far.value < 0.2  # 0.5 / sqrt(12) of deviations of 1
+
+
+def test_a_denoiser_that_does_not_learn() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(1, 2, 3, 4, 4)
+    net = VideoDiT(2, width=64, depth=2, num_heads=2)
+    assert check_learning(net, z).colour == "green"
+    assert check_learning(net, z * torch.nan).colour == "red"
+
+
+def test_the_doctor_leaves_the_random_numbers_alone() -> None:
+    net, moments = make_net(), torch.randn(2, 4, 3, 2, 2)
+    state = torch.random.get_rng_state()
+    checks = list(check_latent_training(net, moments))
+    assert [check.name for check in checks] == ["cache", "denoiser", "sample"]
+    assert torch.equal(torch.random.get_rng_state(), state)

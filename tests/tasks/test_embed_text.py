@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from praxino.data.latents import read_text
+from praxino.data.latents import read_text, text_file
 from praxino.errors import CheckpointError, ConfigError, DataError
 from praxino.tasks.embed_text import embed_text
 
@@ -69,7 +69,7 @@ def test_each_caption_is_embedded_as_if_alone(encoder: Path, tmp_path: Path) -> 
         expected = alone(encoder, ids)
         assert stored.shape == expected.shape
         torch.testing.assert_close(stored.float(), expected, rtol=8e-3, atol=1e-3)  # bf16 has 8 bits
-        assert torch.equal(read_text(str(tmp_path / "out"), path), stored.float())
+        assert torch.equal(read_text(text_file(str(tmp_path / "out"), path)), stored.float())
 
 
 def test_a_second_run_embeds_only_what_changed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from praxino.config import conf_dir, instantiate, register_resolvers
 from praxino.errors import ConfigError
+from praxino.lit.parallel import recompute_blocks
 from praxino.tasks.params import Kept, run
 
 SMALL = ["model.net.base_channels=8", "model.net.encoder_energy_flow_hidden_size=8", "model.net.latent_dim=4"]
@@ -57,6 +58,37 @@ def test_a_denoiser_of_known_cost() -> None:
     assert result["parameters"] == sum(result["parts"].values()) == sum(p.numel() for p in net.parameters())
     assert result["forward_flops"] == 3 * net.flops((1, 8, 3, 8, 8))
     assert 2.5 < result["step_flops"] / result["forward_flops"] < 3.5
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.checkpoint_activations=true"], ["model.net.attention=factorised", "model.net.mlp=swiglu"]]
+)
+def test_a_denoiser_keeps_what_a_real_step_keeps(overrides: list[str]) -> None:
+    """The activations are within 2 % of those that torch saves for the backward pass of a real step."""
+    words = ["experiment=dit_tiny", "batch=4", "frames=17", "size=64", "latent.channels=4", *overrides]
+    cfg = composed(*words, "latent.stride=[4,8,8]")
+    estimate = run(composed(*words, "latent.stride=[4,8,8]"))["memory"]["activations"]
+    cfg.model.net.channels = 4
+    module = instantiate(cfg.model)
+    if module.checkpoint_activations:
+        recompute_blocks(module.net.blocks)
+    kept = {"bytes": 0}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    alive: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights | alive.keys():
+            alive[storage.data_ptr()] = x
+            kept["bytes"] += storage.nbytes()
+        return x
+
+    seen = {}
+    module.manual_backward = lambda loss: seen.update(kept)
+    batch = {"latent": torch.randn(4, 4, 5, 8, 8), "first": torch.ones(4).bool(), "index": torch.arange(4)}
+    with saved_tensors_hooks(keep, lambda x: x):
+        module.learn(batch, ("",), 1.0)
+    assert estimate == pytest.approx(seen["bytes"], rel=0.02)
 
 
 def test_what_changes_the_figures() -> None:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from praxino.callbacks.record import RunLog
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.plot import draw, names_of, order, plot, read_run, smoothed
+from praxino.tasks.figure import draw, smoothed
+from praxino.tasks.plot import names_of, order, plot, read_run
 
 
 def make_run(folder: Path, steps: int, every: int = 1, **settings: Any) -> Path:

@@ -139,14 +139,28 @@ def test_labels_go_round(classes: Path, tmp_path: Path) -> None:
 
 
 def test_draws_from_the_prior_of_a_vae(plain: Path, tmp_path: Path) -> None:
-    videos = sampled(plain / "vae.ckpt", tmp_path / "out", frames=9, size=SIZE)
+    videos = sampled(plain / "vae.ckpt", tmp_path / "out", frames=9, size=SIZE, steps=50)
     noise = FrameNoise([seed_of(0, 0), seed_of(0, 1)], (3, 2, 2))(0, 3)
     vae = make_vae()
     with torch.no_grad():
         whole = vae.decode(vae.denormalize(noise)).clamp(-1, 1)
     assert differ(list(video.to_uint8(whole)), videos) <= 1
-    with pytest.raises(ConfigError, match="guidance=3: ckpt is a VAE"):
-        sampled(plain / "vae.ckpt", tmp_path / "no", guidance=3)
+    protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    assert protocol.keys() == {"ckpt", "weights", "batch", "seed", "precision", "versions"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"guidance": 3}, {"guidance_interval": [0.0, 0.5]}, {"sampler": "heun"}, {"steps": 3}, {"shift": 2.0},
+     {"label": 0}, {"rollout": "sliding"}, {"window": 9}, {"overlap": 4}, {"context_noise": 0.1}, {"text": "a"},
+     {"vae": "b"}],
+)  # fmt: skip
+def test_a_vae_draws_without_settings_of_a_denoiser(plain: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    (name,) = setting
+    given = {"ckpt": str(plain / "vae.ckpt"), "out": str(tmp_path / "no"), "device": "cpu", **setting}
+    with pytest.raises(ConfigError, match=f"^{name}=.*: ckpt is a VAE"):
+        sample(**given)
+    assert not (tmp_path / "no").exists()
 
 
 def rollouts() -> list[Any]:

@@ -231,7 +231,7 @@ def test_reconstruct_overwrites_nothing_of_others(finished: Path, tmp_path: Path
     source = tmp_path / "in" / "x.mp4"
     video.write(source, draw(0, frames=2, size=16)[1], 25)
     before = source.read_bytes()
-    with pytest.raises(ConfigError, match="is not a reconstruction"):
+    with pytest.raises(ConfigError, match="is not of an earlier run"):
         reconstruct(vae=str(finished), input=str(source), out=str(tmp_path / "in"))
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(ConfigError, match="lies inside"):

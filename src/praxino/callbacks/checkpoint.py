@@ -1,6 +1,5 @@
 """Checkpoints that survive a crash at any moment, and say themselves what they hold."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -8,93 +7,19 @@ import os
 import shutil
 import socket
 import time
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from praxino import shards
+from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
-
-PATTERN = "step-*.ckpt"
-TEMPORARY = ".tmp-"
-
-
-class DurableIO(TorchCheckpointIO):
-    """Write a checkpoint whole or not at all: temporary file beside the target, fsync, verify, rename, fsync.
-
-    A failure of the disk is kept in `failure` and not raised: on one rank alone that would leave the others waiting.
-    """
-
-    failure: OSError | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write and set `failure`; the file that had the name before stays if this one cannot be written."""
-        self.failure = None
-        target = Path(path)
-        temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(target.parent)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if not is_whole(temporary):
-                raise OSError(errno.EIO, "the file read back is not the file written", str(temporary))
-            os.replace(temporary, target)
-            _sync_directory(target.parent)
-        except OSError as error:
-            self.failure = error
-        except RuntimeError as error:  # torch's writer, when the disk under it fails
-            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-                raise
-            self.failure = OSError(errno.EIO, str(error).splitlines()[0], str(target))
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def save_shards(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Write a checkpoint with shards as a directory, from all ranks together; the first one moves it in place."""
-        self.failure = None
-        target, rank, world = Path(path), dist.get_rank(), dist.get_world_size()
-        temporary = target.with_name(f"{TEMPORARY}{target.name}")
-        plain, rows = shards.split(checkpoint)
-        steps = (
-            lambda: _make_empty(temporary) if rank == 0 else None,
-            lambda: _sync_file(shards.write_rows(rows, temporary, rank, world)),
-            lambda: _finish(temporary, target, plain, world) if rank == 0 else None,
-        )
-        for step in steps:
-            try:
-                step()
-            except OSError as error:
-                self.failure = error
-            except RuntimeError as error:  # the writers of torch and safetensors, when the disk under them fails
-                self.failure = OSError(errno.EIO, str(error).splitlines()[0], str(target))
-            failures: list[Any] = [None] * world
-            dist.all_gather_object(failures, None if self.failure is None else str(self.failure))
-            if reasons := [reason for reason in failures if reason is not None]:
-                self.failure = self.failure or OSError(errno.EIO, reasons[0], str(target))
-                break
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = True, place: Any = None
-    ) -> dict[str, Any]:
-        """Read a file, or a directory of shards (see `shards.read`), tensors on the CPU; nothing in it is executed."""
-        if Path(path).is_dir():
-            return shards.read(Path(path), place)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
@@ -291,15 +216,6 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self._lock = None
 
 
-def is_whole(path: Path) -> bool:
-    """Tell whether every byte of a checkpoint is as it was written (`torch.load` does not look)."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, RuntimeError):
-        return False
-
-
 def lock(directory: Path) -> IO[str]:
     """Claim a directory until the returned file is closed or the process ends.
 
@@ -334,55 +250,7 @@ def lock(directory: Path) -> IO[str]:
     return file
 
 
-def _check_space(directory: Path) -> None:
-    """Raise OSError before a write that would fill the disk, judged by the newest checkpoint."""
-    newest = max(directory.glob(PATTERN), default=None)
-    if newest is None:
-        return
-    size = sum(path.stat().st_size for path in ([newest] if newest.is_file() else newest.iterdir()))
-    if shutil.disk_usage(directory).free < 1.2 * size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
-
-
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether no tensor, or this rank's part of it, holds NaN or infinity."""
     finite = [local(t.detach()).isfinite().all() for t in tensors]
     return not finite or bool(torch.stack(finite).all())
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    _check_space(directory.parent)
-
-
-def _finish(temporary: Path, target: Path, plain: Any, world: int) -> None:
-    """Complete a directory of shards and move it to its place; what was there goes first."""
-    torch.save(plain, temporary / shards.META)
-    _sync_file(temporary / shards.META)
-    shards.finish(temporary, world)
-    _sync_file(temporary / shards.COMPLETE)
-    _sync_directory(temporary)
-    if (fault := shards.fault(temporary)) is not None:
-        raise OSError(errno.EIO, fault, str(temporary))
-    if target.exists():
-        old = target.with_name(f"{TEMPORARY}old-{target.name}")
-        os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    else:
-        os.replace(temporary, target)
-    _sync_directory(target.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,15 +11,15 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # submitit asks SLURM for the last
 EXIT_CODE = 75  # EX_TEMPFAIL: queue me again
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM or SIGUSR1, to any rank: finish the step, save a checkpoint, exit with code 75. A second signal kills.
+    """On SIGTERM, SIGUSR1 or SIGUSR2, to any rank: finish the step, save a checkpoint, exit with code 75.
 
-    The handler only sets a flag, and the ranks agree at the end of a step: Lightning's own, which this replaces,
-    communicates inside the handler and then hangs.
+    A second signal kills. The handler only sets a flag, and the ranks agree at the end of a step: Lightning's own,
+    which this replaces, communicates inside the handler and then hangs.
     """
 
     def __init__(self) -> None:

@@ -283,7 +283,7 @@ class LatentClips(Dataset):
         if clip.label is not None:
             sample["label"] = clip.label
         if self.text is not None:
-            sample["text"] = read_text(self.text, clip.path)
+            sample["text"] = read_text(text_file(self.text, clip.path))
         return sample
 
     def window(self, clip: LatentClip, rng: np.random.Generator) -> tuple[Tensor, int]:
@@ -303,14 +303,16 @@ def text_file(folder: str, path: str) -> str:
     return os.path.join(folder, f"{path}.safetensors")
 
 
-def read_text(folder: str, path: str) -> Tensor:
-    """Return the embedding `(L, E)` of a video's text, in float32; raises DataError."""
-    file = text_file(folder, path)
+def read_text(file: str) -> Tensor:
+    """Return the embedding `(L, E)` of a text, in float32; raises DataError."""
     try:
         with safe_open(file, framework="pt") as tensors:
             text = tensors.get_tensor("text").float()
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{file} cannot be read as the embedding of a text ({error})") from error
+        why = str(error).splitlines()[0]
+        raise DataError(
+            f"{file} cannot be read as the embedding of a text ({why}): praxino-embed-text makes one"
+        ) from error
     if text.ndim != 2 or not text.numel():
         raise DataError(f"{file}: text of shape {tuple(text.shape)}; (L, E) is due")
     return text

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from praxino import __version__
 from praxino.errors import ConfigError
-from praxino.models.conditioning import Condition
-
-FORMAT = 1  # of the "praxino" block in a checkpoint
+from praxino.models.conditioning import NULL, Condition, LabelEmbedding, TimeEmbedding
+from praxino.models.header import header
 
 
 class LayerCache:
@@ -84,6 +82,8 @@ class Denoiser(nn.Module, ABC):
     channels: int
     classes: int | None = None
     text_width: int | None = None
+    time: TimeEmbedding
+    label: LabelEmbedding | None
     causal = False  # no frame sees a later one, so that frames can be cached
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -134,10 +134,9 @@ class Denoiser(nn.Module, ABC):
         shapes = {"known": (batch, frames), "first": (batch,), "label": (batch,), "text_mask": (batch, words)}
         for kind in ("label", "text"):
             if getattr(cond, kind) is not None and kind not in self.kinds:
-                remedy = "classes" if kind == "label" else "text_width"
-                raise ValueError(
-                    f"this {type(self).__name__} takes no {kind}: leave it out, or build it with {remedy}."
-                )
+                size = "classes" if kind == "label" else "text_width"
+                remedy = f", or build it with {size}" if size in self.config else ""
+                raise ValueError(f"this {type(self).__name__} takes no {kind}: leave it out{remedy}.")
         for name, value in cond.given().items():
             shape = shapes.get(name, (batch, words, self.text_width))
             if tuple(value.shape) != shape:
@@ -152,6 +151,17 @@ class Denoiser(nn.Module, ABC):
         marks = torch.stack((known, F.pad(first[:, None], (0, z.shape[2] - 1))), dim=1)  # (B, 2, T)
         return torch.cat((z, marks[..., None, None].expand(-1, -1, -1, *z.shape[3:])), dim=1)
 
+    def vector(self, t: Tensor, label: Tensor | None, step: int = 1) -> Tensor:
+        """Embed noise levels and label: `(B, 1, D)`, or `(B, T / step, D)` where each frame has its own level."""
+        c = self.time(t if t.ndim > 1 else t[:, None])
+        if t.ndim > 1 and step > 1:
+            padding = c[:, -1:].expand(-1, -c.shape[1] % step, -1)
+            c = torch.cat((c, padding), dim=1).unflatten(1, (-1, step)).mean(dim=2)
+        if self.label is not None:
+            label = torch.full((len(t),), NULL, device=t.device) if label is None else label
+            c = c + self.label(label)[:, None]
+        return c
+
     def flops(self, shape: Sequence[int]) -> int:
         """Count the operations of a forward pass on latents of this shape: two a multiplication in matrices."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -161,10 +171,4 @@ class Denoiser(nn.Module, ABC):
 
 def describe(net: Denoiser) -> dict[str, Any]:
     """Return the "praxino" block of a checkpoint of this network, all but what the run adds."""
-    cls = type(net)
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "kind": "denoiser",
-        "model": {"class": f"{cls.__module__}.{cls.__qualname__}", "config": dict(net.config)},
-    }
+    return header("denoiser", net, dict(net.config))

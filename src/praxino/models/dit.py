@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from praxino.errors import ConfigError
-from praxino.models.conditioning import NULL, Condition, LabelEmbedding, TextEmbedding, TimeEmbedding
+from praxino.models.conditioning import Condition, LabelEmbedding, TextEmbedding, TimeEmbedding
 from praxino.models.denoiser import Cache, Denoiser, LayerCache
+from praxino.models.header import check_counts
 from praxino.ops.position import rotary_table, rotate, share
 from praxino.ops.sdpa import attend
 
@@ -276,7 +277,7 @@ class VideoDiT(Denoiser):
         cond = cond or Condition()
         self.check(z, t, cond, cache)
         x, grid = self.tokens(self.mark(z, cond, start))  # (B, T, N, D)
-        c = F.silu(self.vector(t, cond.label, grid[0]))  # (B, 1 or T, 1, D)
+        c = F.silu(self.vector(t, cond.label, self.patch[0]))[:, :, None]  # (B, 1 or T, 1, D)
         text, mask = (None, None) if self.text is None else self.text(len(z), cond.text, cond.text_mask)
         tables = self.tables(grid, start, z)
         if cache is not None:
@@ -303,17 +304,6 @@ class VideoDiT(Denoiser):
         y = rearrange(x, "b t (h w) (c p q r) -> b c (t p) (h q) (w r)", h=grid[1], w=grid[2], p=p, q=q, r=r)
         return y[:, :, : z.shape[2], : z.shape[3], : z.shape[4]].to(z.dtype)
 
-    def vector(self, t: Tensor, label: Tensor | None, frames: int) -> Tensor:
-        """Embed noise levels and label: `(B, 1, 1, D)`, or `(B, T, 1, D)` where each frame has its own level."""
-        c = self.time(t if t.ndim > 1 else t[:, None])
-        if t.ndim > 1 and self.patch[0] > 1:
-            padding = c[:, -1:].expand(-1, frames * self.patch[0] - c.shape[1], -1)
-            c = torch.cat((c, padding), dim=1).unflatten(1, (frames, -1)).mean(dim=2)
-        if self.label is not None:
-            label = torch.full((len(t),), NULL, device=t.device) if label is None else label
-            c = c + self.label(label)[:, None]
-        return c[:, :, None]
-
     def tables(self, grid: tuple[int, int, int], start: int, z: Tensor) -> list[Tensor]:
         """Return the rotary table of each attention of a block, of the axes along which it mixes."""
         if start % self.patch[0]:
@@ -325,9 +315,7 @@ class VideoDiT(Denoiser):
 def check_config(config: dict) -> None:
     """Raise ConfigError for values of which no network can be built."""
     counts = ("channels", "width", "depth", "num_heads", "num_kv_heads", "v_dim", "mlp_width", "classes", "text_width")
-    for key in counts:
-        if config[key] is not None and config[key] < 1:
-            raise ConfigError(f"{key}={config[key]} does not fit: use 1 or more.")
+    check_counts(config, *counts)
     if len(config["patch"]) != 3 or min(config["patch"]) < 1:
         raise ConfigError(f"patch={config['patch']} does not fit: use three sizes, of frames, rows and columns.")
     heads, width = config["num_heads"], config["width"]

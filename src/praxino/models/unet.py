@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from praxino.errors import ConfigError
-from praxino.models.conditioning import NULL, Condition, LabelEmbedding, TimeEmbedding
+from praxino.models.conditioning import Condition, LabelEmbedding, TimeEmbedding
 from praxino.models.denoiser import Cache, Denoiser
 from praxino.models.dit import Attention
+from praxino.models.header import check_counts
 from praxino.ops.position import rotary_table, share
 
 
@@ -164,14 +165,6 @@ class UNet3D(Denoiser):
         h = self.head(F.silu(self.norm(h)))
         return h[..., : z.shape[3], : z.shape[4]].to(z.dtype)
 
-    def vector(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """Embed noise levels and label: `(B, 1, E)`, or `(B, T, E)` where each frame has its own level."""
-        c = self.time(t if t.ndim > 1 else t[:, None])
-        if self.label is not None:
-            label = torch.full((len(t),), NULL, device=t.device) if label is None else label
-            c = c + self.label(label)[:, None]
-        return c
-
     def table(self, size: tuple[int, int, int], z: Tensor) -> Tensor:
         """Return the rotary table of a level."""
         dtype = torch.promote_types(z.dtype, torch.float32)
@@ -180,9 +173,7 @@ class UNet3D(Denoiser):
 
 def check_config(config: dict) -> None:
     """Raise ConfigError for values of which no network can be built."""
-    for key in ("channels", "width", "depth", "head_dim", "classes"):
-        if config[key] is not None and config[key] < 1:
-            raise ConfigError(f"{key}={config[key]} does not fit: use 1 or more.")
+    check_counts(config, "channels", "width", "depth", "head_dim", "classes")
     levels = len(config["multipliers"])
     if not levels or min(config["multipliers"]) < 1:
         raise ConfigError(f"multipliers={config['multipliers']} do not fit: use one, of 1 or more, for every level.")

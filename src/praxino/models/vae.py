@@ -8,13 +8,12 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from praxino import __version__
 from praxino.errors import ConfigError
+from praxino.models.header import header
 from praxino.ops.attention import AttnBlock3D
 from praxino.ops.causal import Stream
 from praxino.ops.norm import GroupNorm
 
-FORMAT = 1  # of the "praxino" block in a checkpoint
 HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
 
@@ -311,12 +310,5 @@ def check_clip(net: TakesVideo, frames: int, size: Any, batch: int = 1) -> None:
 
 def describe(vae: VideoVAE) -> dict[str, Any]:
     """Return the "praxino" block of a checkpoint of this model, all but the run's own `config` and `step`."""
-    cls = type(vae)
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "kind": "vae",
-        "model": {"class": f"{cls.__module__}.{cls.__qualname__}", "config": {**vae.extra, **vae.config}},
-        "stride": list(vae.stride),
-        "statistics": vae.statistics,
-    }
+    head = header("vae", vae, {**vae.extra, **vae.config})
+    return {**head, "stride": list(vae.stride), "statistics": vae.statistics}

@@ -7,10 +7,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from praxino import checkpoint
-from praxino.data.latents import read_manifest
+from praxino.data.latents import read_manifest, read_text
 from praxino.errors import ConfigError
 from praxino.lit.base import StepModule
 from praxino.lit.dit import DiTModule
+from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def attach(model: StepModule, cfg: DictConfig, out: Path) -> None:
     """Give a denoiser's training its VAE, and what its checkpoints say of it."""
     if not isinstance(model, DiTModule):
         return
+    check_text(model.net, cfg.data.get("text"))
     vae: VideoVAE | None = model.__dict__["vae"]
     path = find_vae(cfg, out)
     if vae is None and path is None:
@@ -73,6 +75,26 @@ def attach(model: StepModule, cfg: DictConfig, out: Path) -> None:
         "channels": vae.latent_channels,
     }
     model.attach(vae, reference)
+
+
+def check_text(net: Denoiser, text: str | None) -> None:
+    """Raise ConfigError unless the data have texts of the width that a network takes, or neither has to do with any."""
+    name, width = type(net).__name__, net.text_width
+    if text is None:
+        if width is not None:
+            raise ConfigError(
+                f"model.net.text_width={width}: the data have no texts: give data.text=DIR, or leave it out"
+            )
+        return
+    file = next(Path(text).expanduser().rglob("*.safetensors"), None)
+    if file is None:
+        raise ConfigError(f"data.text={text} holds no embedded text: praxino-embed-text makes them")
+    if "text_width" not in net.config:
+        raise ConfigError(f"data.text={text}: {name} takes no text: leave it out, or use a DiT, e.g. model/net=dit_s")
+    if width != (found := read_text(str(file)).shape[1]):
+        raise ConfigError(
+            f"data.text={text} is of width {found}, model.net takes {width}: use model.net.text_width={found}"
+        )
 
 
 def keep_vae(model: StepModule, out: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +65,33 @@ def make_directory(path: str | Path) -> Path:
     return out
 
 
+def check_outside(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Raise ConfigError where `out` lies in a tree that is read: what is written there would be an input next time.
+
+    Args:
+        inputs: directories by the keys that named them.
+    """
+    target = Path(out).expanduser().resolve()
+    for key, path in inputs.items():
+        if path is not None and Path(path).expanduser().resolve() in (target, *target.parents):
+            raise ConfigError(f"out={out} lies inside {key}={path}: choose a folder outside of it")
+
+
+def refuse_foreign(target: Path, record: str, paths: Iterable[Path]) -> None:
+    """Raise ConfigError for files that would be overwritten, unless by the task that left `record` beside them."""
+    foreign = None if (target / record).exists() else next((path for path in paths if path.exists()), None)
+    if foreign is not None:
+        raise ConfigError(f"{str(foreign)!a} exists and is not of an earlier run: choose another out")
+
+
+def check_written(quality: int, fps: float | None = None) -> None:
+    """Raise ConfigError for a quality or a frame rate at which no video can be written."""
+    if not 0 <= quality <= 51:
+        raise ConfigError(f"quality={quality}: use 0 (best) to 51, e.g. 18")
+    if not (fps is None or 0 < fps < 1e6):
+        raise ConfigError(f"fps={fps}: use more than 0 frames a second, e.g. 25")
+
+
 def describe_run(cfg: DictConfig, out: Path, overrides: Iterable[str]) -> None:
     """Write config, overrides and versions into the run directory, without secrets, and keep the log beside them."""
     write_atomic(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(cfg)))))
@@ -82,6 +110,19 @@ def keep_log(path: Path) -> None:
     handler.name = "praxino run"
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(handler)
+
+
+def quiet_lightning() -> None:
+    """Leave Lightning's warnings, drop its chatter, and let every line appear once."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new
 
 
 def pick_device(device: str) -> torch.device:

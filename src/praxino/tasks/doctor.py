@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,22 +32,12 @@ from praxino.tasks.common import (
     without_nan,
     write_atomic,
 )
+from praxino.tasks.doctor_check import Check, Colour
+from praxino.tasks.doctor_dit import check_latent_training
 from praxino.tasks.params import Kept
 from praxino.video import to_float
 
 log = logging.getLogger(__name__)
-
-Colour = Literal["green", "yellow", "red"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding; `value` is what was measured, NaN where nothing could be."""
-
-    name: str
-    value: float
-    colour: Colour
-    detail: str
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -67,7 +57,7 @@ def doctor(
     device: str = "auto",
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Probe the videos under `data.root`, and a VAE on clips of them; write out/doctor.json.
+    """Probe the videos under `data.root`, a VAE on clips of them, a small DiT on its latents; write out/doctor.json.
 
     Args:
         clips: videos that the VAE is tried on, one clip each.
@@ -147,6 +137,7 @@ def check_vae(model: VideoVAE, x: Tensor) -> Iterator[Check]:
     started = time.perf_counter()
     with torch.inference_mode():
         posteriors = [model.encode(clip) for clip in x.split(1)]
+        moments = torch.cat([posterior.moments for posterior in posteriors])
         z = torch.cat([posterior.mean for posterior in posteriors])
         variance = torch.cat([posterior.std.square() for posterior in posteriors])
         y = torch.cat([model.decode(mean) for mean in z.split(1)]).float().clamp(-1, 1)
@@ -161,6 +152,7 @@ def check_vae(model: VideoVAE, x: Tensor) -> Iterator[Check]:
         colour: Colour = "green" if psnr >= 20 else "yellow" if psnr >= 10 else "red"
         yield Check("round trip", psnr, colour, f"dB of PSNR, mean of {len(x)} clips encoded and decoded")
     yield check_cost(model, x[:1], seconds)
+    yield from check_latent_training(model, moments.clone())  # outside of inference mode
 
 
 def check_time(model: VideoVAE, x: Tensor, z: Tensor) -> Iterator[Check]:

@@ -33,6 +33,7 @@ from praxino.tasks.common import (
     at_least,
     check_chunk,
     check_clip,
+    check_outside,
     make_directory,
     make_resize,
     precision_context,
@@ -96,6 +97,7 @@ def encode(
         frames: frames of each video, from its start; None takes all of them, in constant memory where the VAE streams.
         size: a square of that many pixels, or [height, width], resized and centre-cropped; None keeps the video's own.
             Frames, rows and columns at the end that do not fill a latent are left out where `frames` or `size` is None.
+        limit: encode that many videos, evenly spread over the sorted paths.
         batch, workers: of the loader; with frames=None videos are read one after the other.
         chunk: frames a push, where the VAE streams; the result does not depend on it. None fits it to the frame.
         shard: clips of a shard at most, which is what a stopped run may lose; None fits it to the number of videos.
@@ -113,6 +115,7 @@ def encode(
     if size is None and batch > 1:
         raise ConfigError("size=null keeps the size of every video: use batch=1")
     file, root = checkpoint.locate(vae), data["root"]
+    check_outside(out, {"data.root": root})
     sides = list(size) if isinstance(size, tuple) else size
     settings: dict[str, Any] = {"frames": frames, "stride": stride, "size": sides, "short": short, "shard": shard}
     settings |= {"weights": weights, "precision": precision}
@@ -124,8 +127,8 @@ def encode(
         target = ranks.on_first(lambda: make_directory(out))
         place = place_of(file, model, target)
         clips = ClipSampler(frames or 1, stride, short=short, where="start")
-        usable = ranks.on_first(lambda: find_usable(root, clips, cache_dir=cache_dir))
-        entries = usable.entries[:limit]
+        usable = ranks.on_first(lambda: find_usable(root, clips, cache_dir=cache_dir, limit=limit))
+        entries = usable.entries
         numbers, classes = ranks.on_first(lambda: read_labels(labels, entries))
         parts = cut([due_bytes(model, entry, frames, stride, resize) for entry in entries], shard)
         identity = {"fingerprint": fingerprint(model), "settings": settings, "classes": classes}

@@ -1,123 +1,29 @@
-"""Draw videos from a denoiser: what sampling and prediction share, from the checkpoint to the frames."""
+"""Draw videos from a denoiser: what sampling and prediction share, from noise to frames."""
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from praxino import checkpoint, stream
+from praxino import stream
 from praxino.checkpoint import Trained
 from praxino.diffusion import rollout as rollouts
-from praxino.diffusion.guide import guide
-from praxino.diffusion.loss import Denoise
 from praxino.diffusion.noise import FrameNoise
-from praxino.diffusion.path import Path as DiffusionPath
-from praxino.diffusion.path import expand
-from praxino.diffusion.solve import Sampler, Solver
-from praxino.errors import ConfigError, DataError
+from praxino.diffusion.solve import Solver
+from praxino.errors import ConfigError
 from praxino.models.conditioning import Condition
-from praxino.models.denoiser import Cache, Denoiser
+from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
+from praxino.tasks.guided import Guidance, Guided
 from praxino.tasks.reconstruct import fitting_chunk
 
 log = logging.getLogger(__name__)
 
 Rollout = Literal["full", "autoregressive", "sliding", "pyramid", "cached"]
-HIDDEN = -1  # the draw of the noise that hides given frames from the unconditional prediction
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: how far, at which times, how much of the spread is put right; see `diffusion.guide`."""
-
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
-
-
-class Guided:
-    """A denoiser with its conditions and its guidance, as the rollouts of `praxino.diffusion` call it.
-
-    Args:
-        cond: of the batch.
-        away: what guidance leads away from the lack of: `label`, `text`, or `known`, the given frames, which the
-            unconditional prediction sees as noisy as the others.
-        cached: keep keys and values of finished frames, for a rollout with a cache.
-        marks: tell the network which frames are given; one that was never trained with any knows their level alone.
-    """
-
-    def __init__(
-        self,
-        net: Denoiser,
-        cond: Condition,
-        guidance: Guidance,
-        away: frozenset[str],
-        path: DiffusionPath,
-        noise: FrameNoise,
-        cached: bool = False,
-        marks: bool = True,
-    ) -> None:
-        self.net, self.guidance, self.away, self.marks = net, guidance, away, marks
-        self.path, self.noise = path, noise
-        apart = guidance.scale != 1 and "known" not in away
-        self.conditions = [cond, cond.without(away)] if apart else [cond]
-        self.caches: list[Cache | None] = [net.new_cache() if cached else None for _ in self.conditions]
-
-    def bind(self, known: Tensor | None, start: int) -> Denoise:
-        """Return the denoiser of a window."""
-        for cache in self.caches:
-            if cache is not None:
-                cache.keep = False
-        predictions = [
-            partial(self.predict, replace(cond, known=known if self.marks else None), cache, start)
-            for cond, cache in zip(self.conditions, self.caches, strict=True)
-        ]
-        if self.guidance.scale == 1 or ("known" in self.away and known is None):
-            return predictions[0]
-        without = self.blind(known, start) if "known" in self.away and known is not None else predictions[1]
-        return guide(predictions[0], without, self.guidance.scale, self.guidance.interval, self.guidance.rescale)
-
-    def predict(self, cond: Condition, cache: Cache | None, start: int, z: Tensor, t: Tensor) -> Tensor:
-        """Call the network; only frames in a cache give positions in time a meaning."""
-        first = torch.full((len(z),), start == 0, device=z.device)
-        return self.net(z, t, replace(cond, first=first), cache, 0 if cache is None else start)
-
-    def blind(self, known: Tensor, start: int) -> Denoise:
-        """Return the prediction of a window whose given frames are hidden in noise."""
-        noise = self.noise(start, start + known.shape[1], HIDDEN)
-
-        def denoise(z: Tensor, t: Tensor) -> Tensor:
-            level = torch.where(known, t.masked_fill(known, 0).amax(dim=1, keepdim=True), t)
-            hidden = torch.where(expand(known, z), self.path.mix(z, noise, level), z)
-            return self.predict(self.conditions[0], None, start, hidden, level)
-
-        return denoise
-
-    def remember(self, z: Tensor, start: int) -> None:
-        """Keep what finished frames mean to later ones."""
-        for cond, cache in zip(self.conditions, self.caches, strict=True):
-            assert cache is not None
-            cache.keep = True
-            self.predict(cond, cache, start, z, torch.zeros(len(z), device=z.device))
-
-    def forget(self, before: int) -> None:
-        """Drop the frames below an index."""
-        for number, cache in enumerate(self.caches):
-            assert cache is not None
-            kept = 0 if cache.end is None else -(-(cache.end - before) // cache.step) * cache.step
-            if kept > 0:
-                cache.trim(min(kept, cache.frames))
-            else:
-                self.caches[number] = self.net.new_cache()
 
 
 @dataclass(frozen=True)
@@ -258,111 +164,6 @@ class Generator:
         return Condition(label=label, text=text)
 
 
-def is_denoiser(path: str) -> bool:
-    """Tell whether a checkpoint holds a denoiser; anything else is left to `praxino.load`."""
-    file = checkpoint.locate(path)
-    if file.suffix in (".safetensors", ".json"):
-        return False
-    header = checkpoint.read(file).get("praxino")
-    return isinstance(header, Mapping) and header.get("kind") == "denoiser"
-
-
-def open_generator(
-    ckpt: str,
-    vae: str | None,
-    weights: Literal["ema", "raw"],
-    device: torch.device,
-    *,
-    sampler: Sampler,
-    steps: int,
-    shift: float,
-    context_noise: float,
-    guidance: float,
-    guidance_interval: Sequence[float],
-    guidance_rescale: float,
-    rollout: Rollout,
-    window: int | None,
-    overlap: int | None,
-    label: int | str | Sequence[int | str] | None,
-    text: str | None,
-    batch: int,
-) -> Generator:
-    """Load a denoiser and its VAE, and check the settings; `window` and `overlap` are in video frames."""
-    net, trained = checkpoint.load_denoiser(ckpt, weights=weights, device=device)
-    autoencoder = checkpoint.load_vae_of(trained, device=device, path=vae)
-    if not 0 <= guidance < math.inf:
-        raise ConfigError(f"guidance={guidance}: use 0 (no condition), 1 (none stressed) or more, e.g. 3")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise ConfigError(f"guidance_interval={list(guidance_interval)}: use two times in [0, 1], e.g. [0, 0.8]")
-    if not 0 <= guidance_rescale <= 1:
-        raise ConfigError(f"guidance_rescale={guidance_rescale}: use a part of the way, 0 to 1, e.g. 0.7")
-    low, high = guidance_interval
-    try:
-        solver = Solver(trained.path, trained.prediction, sampler, steps, shift, context_noise)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    seen = trained.shape[1] if window is None else latents_of(autoencoder, window, "window")
-    return Generator(
-        net,
-        trained,
-        autoencoder,
-        solver,
-        Guidance(guidance, (low, high), guidance_rescale),
-        rollout,
-        seen,
-        overlap_of(trained, autoencoder, seen, overlap),
-        labels_of(net, trained, label),
-        text_of(net, text),
-        batch,
-    )
-
-
-def overlap_of(trained: Trained, vae: VideoVAE, window: int, overlap: int | None) -> int:
-    """Return the overlap of windows in latent frames: by default the longest context that the model was trained on."""
-    if overlap is None:
-        context = trained.conditioning["context"]
-        usable = [k for k in context["frames"] if k < window] if context["probability"] else []
-        return max(usable, default=max(1, window // 2))
-    if overlap < 1 or overlap % vae.stride[0]:
-        raise ConfigError(f"overlap={overlap} does not fit: use a multiple of {vae.stride[0]} frames")
-    return overlap // vae.stride[0]
-
-
-def labels_of(net: Denoiser, trained: Trained, label: int | str | Sequence[int | str] | None) -> tuple[int, ...] | None:
-    """Return classes by number or by name, as numbers."""
-    if label is None:
-        return None
-    if net.classes is None:
-        raise ConfigError(f"label={label}: the model takes no label: leave it out")
-    names, found = trained.classes or [], []
-    for item in [label] if isinstance(label, int | str) else label:
-        if isinstance(item, str) and item in names:
-            item = names.index(item)
-        if not isinstance(item, int) or not 0 <= item < net.classes:
-            known = f" or a name: {', '.join(names[:20])}" if names else ""
-            raise ConfigError(f"label={item} is no class of the model: use 0 to {net.classes - 1}{known}")
-        found.append(item)
-    if not found:
-        raise ConfigError("label=[]: give at least one class")
-    return tuple(found)
-
-
-def text_of(net: Denoiser, path: str | None) -> Tensor | None:
-    """Return the embedded words `(L, E)` of a file of praxino-embed-text."""
-    if path is None:
-        return None
-    if net.text_width is None:
-        raise ConfigError(f"text={path}: the model takes no text: leave it out")
-    try:
-        words = load_file(path)["text"].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"text={path}: not an embedded text ({checkpoint.one_line(error)})") from error
-    if words.ndim != 2 or words.shape[1] != net.text_width:
-        raise ConfigError(f"text={path} has shape {tuple(words.shape)}: the model takes (words, {net.text_width})")
-    return words
-
-
-# ------------------------------------------------------------------------------------------------------ frames
 def latents_of(vae: VideoVAE, frames: int, name: str) -> int:
     """Return how many latents so many frames have; raises ConfigError unless they fit."""
     if frames < 1 or vae.fitting_frames(frames) != frames:
@@ -404,18 +205,3 @@ def decode(vae: VideoVAE, pieces: Iterator[Tensor], length: int, batch: int) -> 
 def seed_of(seed: int, *names: Any) -> int:
     """Return the seed of one sample, a function of the names alone."""
     return int.from_bytes(blake2b(repr((seed, *names)).encode(), digest_size=6).digest(), "little")
-
-
-def check_written(quality: int, fps: float | None) -> None:
-    """Raise ConfigError for a quality or a frame rate at which no video can be written."""
-    if not 0 <= quality <= 51 or not (fps is None or 0 < fps < 1e6):
-        raise ConfigError(
-            f"quality={quality} fps={fps}: use a quality of 0 (best) to 51, and more than 0 frames a second, e.g. 25"
-        )
-
-
-def refuse_foreign(target: Path, record: str, paths: Sequence[Path]) -> None:
-    """Raise ConfigError for files that would be overwritten, unless by the task that left `record` beside them."""
-    foreign = [] if (target / record).exists() else [path for path in paths if path.exists()]
-    if foreign:
-        raise ConfigError(f"{str(foreign[0])!a} exists and is not of an earlier run: choose another out")

@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,38 +19,29 @@ from praxino.config import check_call
 from praxino.data.transforms import Resize, Size
 from praxino.diffusion.solve import Sampler
 from praxino.errors import ConfigError, DataError
-from praxino.metrics.image import PSNR_CAP
 from praxino.tasks.common import (
     Precision,
     at_least,
+    check_outside,
+    check_written,
     make_directory,
     make_resize,
-    measure,
     precision_context,
-    show_table,
+    refuse_foreign,
     versions,
     without_nan,
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.evaluate import write_csv
-from praxino.tasks.generate import (
-    Generator,
-    Rollout,
-    check_written,
-    decode,
-    latents_of,
-    open_generator,
-    refuse_foreign,
-    seed_of,
-)
+from praxino.tasks.generate import Generator, Rollout, decode, latents_of, seed_of
+from praxino.tasks.horizon import METRICS, PROTOCOL, judge, report, score, summary
+from praxino.tasks.opening import Settings, open_generator
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 
 log = logging.getLogger(__name__)
 
-METRICS = ("psnr", "ssim")
 GAIN = 4.0  # of the error in side_by_side
 Row = dict[str, Any]
 
@@ -107,6 +97,7 @@ def predict(
     Args:
         ckpt: a run of a denoiser or a checkpoint of it.
         input: a video, a folder of frames, or a tree of them, which is mirrored under each folder of `out`.
+        limit: continue that many videos, evenly spread over the sorted paths.
         context: frames that are given, 1 + 4k for a VAE of stride 4; they come back as they were read.
         frames: frames in all, any number: the surplus of the last latent is cut off.
         start: the first given frame; then every `stride`-th.
@@ -123,43 +114,23 @@ def predict(
     Returns:
         the content of metrics.json; without a measured video its counts only.
     """
-    at_least(1, context=context, stride=stride, samples=samples, limit=limit, steps=steps, batch=batch)
-    at_least(1, devices=devices, num_nodes=num_nodes)
+    settings = Settings.among(locals())
+    at_least(1, context=context, stride=stride, samples=samples, limit=limit, devices=devices, num_nodes=num_nodes)
     at_least(0, start=start)
     check_written(quality, fps)
     if frames <= context:
         raise ConfigError(f"frames={frames} counts the context={context}: use more, e.g. {context + 12}")
+    check_outside(out, {"input": input})
     root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()
-    if root.resolve() in (target.resolve(), *target.resolve().parents):
-        raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
     with launch(device, devices, num_nodes) as ranks:
-        generator = open_generator(
-            ckpt,
-            vae,
-            weights,
-            ranks.device,
-            sampler=sampler,
-            steps=steps,
-            shift=shift,
-            context_noise=context_noise,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            rollout=rollout,
-            window=window,
-            overlap=overlap,
-            label=label,
-            text=text,
-            batch=batch,
-        )
+        generator = open_generator(settings, ranks.device)
         given = latents_of(generator.vae, context, "context")
         length = generator.vae.latent_frames(generator.vae.fitting_frames(frames))
         generator.check(length, given, note=str(frames))
         check_context(generator, given)
         resize = resize_of(generator, size)
         ranks.on_first(lambda: make_directory(target))
-        root, sources, rejected = ranks.on_first(lambda: find_sources(root, images, cache_dir))
-        sources = sources[:limit]
+        root, sources, rejected = ranks.on_first(lambda: find_sources(root, images, cache_dir, limit))
         kinds = ["context", "prediction", "full", *(["truth", "mean", "side_by_side"] if compare else [])]
         names = output_names(sources)
         ranks.on_first(
@@ -185,16 +156,8 @@ def predict(
         parts = ranks.on_all(work)
         rows = sorted((row for part in parts for row in part[0]), key=lambda row: sources.index(row["path"]))
         rejected += [row for part in parts for row in part[1]]
-        protocol: Row = {
-            "ckpt": ckpt,
-            "weights": weights,
-            "input": input,
-            "start": start,
-            "stride": stride,
-            "seed": seed,
-        }
-        protocol |= {"size": size, "sampler": sampler, "steps": steps, "shift": shift, "guidance": guidance}
-        protocol |= {"rollout": rollout, "window": generator.window, "overlap": generator.overlap, **PROTOCOL}
+        protocol = asdict(settings) | {"window": generator.window, "overlap": generator.overlap}  # in latents
+        protocol |= {"input": input, "start": start, "stride": stride, "size": size, "seed": seed, **PROTOCOL}
 
         def finish() -> dict[str, Any]:
             write_jsonl(target / "rejected.jsonl", rejected)
@@ -211,17 +174,6 @@ def predict(
             return result
 
         return ranks.on_first(finish)
-
-
-PROTOCOL = {
-    "sample": "the first sample",
-    "mean": "mean of the decoded samples",
-    "mean_latent": "the decoded mean of their latents",
-    "copy_last": "the last given frame",
-    "truth": "frames as read, resized where size says so; predictions clamped, not rounded",
-    "psnr": f"of every predicted frame, data range 1, {PSNR_CAP:g} dB at most; mean over frames, then over videos",
-    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, valid window; none under 11 pixels",
-}
 
 
 def check_context(generator: Generator, given: int) -> None:
@@ -369,60 +321,3 @@ def beside(truth: Tensor, prediction: Tensor, last: Tensor) -> Tensor:
     """Join truth, prediction, the last given frame and the amplified error of the prediction, uint8 `(t, H, W, 3)`."""
     error = (GAIN * (prediction.float() - truth.float()).abs()).clamp(max=255).to(torch.uint8)
     return torch.cat([truth, prediction, last, error], dim=2)
-
-
-def judge(truth: Tensor, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return PSNR and SSIM of every frame `(2, t)` of predictions of a video `(3, t, H, W)`."""
-    x = truth.transpose(0, 1)[:, :, None]  # a video of one frame each
-    scores = {key: measure(x, y.transpose(0, 1)[:, :, None]) for key, y in predictions.items()}
-    return {key: torch.stack([score[metric] for metric in METRICS]) for key, score in scores.items()}
-
-
-def score(curves: list[dict[str, Any]], context: int) -> dict[str, Any]:
-    """Return the means over videos of all scores, on the whole and frame by frame."""
-    if not curves:
-        return {}
-    keys = list(curves[0])
-    stacked = {key: torch.tensor([curve[key] for curve in curves], dtype=torch.float64) for key in keys}  # (N, 2, t)
-    result: dict[str, Any] = {"horizon": {"frame": list(range(context, context + stacked[keys[0]].shape[2]))}}
-    for index, metric in enumerate(METRICS):
-        result[metric] = without_nan({key: float(values[:, index].mean()) for key, values in stacked.items()})
-        means = {key: values[:, index].mean(dim=0).tolist() for key, values in stacked.items()}
-        result["horizon"][metric] = {key: None if result[metric][key] is None else m for key, m in means.items()}
-    videos = {key: values[:, 0].mean(dim=1) for key, values in stacked.items()}
-    last = videos.pop("copy_last")
-    result["gain"] = {key: float((values - last).mean()) for key, values in videos.items()}
-    result["better"] = {key: float((values > last).double().mean()) for key, values in videos.items()}
-    return result
-
-
-def report(result: dict[str, Any], target: Path, compare: bool) -> None:
-    """Write horizon.csv and print the means."""
-    if not result["n"]:
-        log.info("%d videos continued, none measured; see %s", result["videos"], target)
-        if compare:
-            log.warning("no video is as long as frames=%d: nothing is measured", result["frames"])
-        return
-    horizon = result["horizon"]
-    columns = {f"{metric}_{key}": values for metric in METRICS for key, values in horizon[metric].items()}
-    rows = [
-        {"frame": frame, **{name: None if values is None else values[k] for name, values in columns.items()}}
-        for k, frame in enumerate(horizon["frame"])
-    ]
-    write_csv(target / "horizon.csv", rows)
-    show_table(
-        f"{result['n']} of {result['videos']} videos measured, frames {result['context']} to {result['frames'] - 1} "
-        f"after {result['context']} given, {result['rejected']} passed over; see {target / 'metrics.json'}",
-        [
-            (key, psnr, result["gain"].get(key), result["better"].get(key), result["ssim"][key])
-            for key, psnr in result["psnr"].items()
-        ],
-        ("prediction", "PSNR dB", "over copy_last", "videos better", "SSIM"),
-    )
-
-
-def summary(row: Row) -> str:
-    """Word the row of a video for the log."""
-    scores = row["psnr"] or {}
-    text = ", ".join(f"{key} {value:.2f} dB" for key, value in scores.items() if value is not None)
-    return f"{ascii(os.fspath(row['path']))[1:-1]}: {row['frames']} frames{', ' if text else ''}{text}"

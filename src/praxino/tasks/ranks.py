@@ -1,6 +1,5 @@
 """Several processes for tasks without a Trainer: Lightning launches them, they agree on objects, nothing else."""
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from praxino.errors import ConfigError, PraxinoError, StorageError
-from praxino.tasks.common import pick_device
+from praxino.tasks.common import pick_device, quiet_lightning
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ def launch(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet_lightning()
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=1))
     try:
         fabric = Fabric(accelerator=chosen.type, devices=devices, num_nodes=num_nodes, strategy=strategy)

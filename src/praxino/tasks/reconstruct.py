@@ -24,12 +24,15 @@ from praxino.tasks.common import (
     Precision,
     at_least,
     check_chunk,
+    check_outside,
+    check_written,
     make_directory,
     make_resize,
     mean_of,
     measure,
     pick_device,
     precision_context,
+    refuse_foreign,
     show,
     show_table,
     without_nan,
@@ -85,6 +88,7 @@ def reconstruct(
             once a chunk, so choose large ones.
         save_original: write the exact clips that the VAE was fed, without loss, under `out/origin`.
         side_by_side: write original | reconstruction under `out/side_by_side`.
+        limit: take that many videos, evenly spread over the sorted paths.
         images: take lone pictures in a tree as videos of one frame.
         lossless: write the reconstructions without loss; otherwise H.264 of constant rate factor `quality`.
 
@@ -92,20 +96,16 @@ def reconstruct(
         videos, frames, rejected and the means of psnr (dB) and ssim over the videos.
     """
     at_least(1, frames=frames, stride=stride, chunk=chunk, limit=limit)
-    if not 0 <= quality <= 51:
-        raise ConfigError(f"quality={quality}: use 0 (best) to 51, e.g. 18")
+    check_written(quality)
     tiling.check_overlap(overlap)
     resize, chosen = make_resize(size) if size is not None else None, pick_device(device)
-    root, target = Path(input).expanduser().absolute(), Path(out).expanduser().absolute()
-    if root.resolve() in (target.resolve(), *target.resolve().parents):
-        raise ConfigError(f"out={out} lies inside input={input}: choose a folder outside of it")
-    target = make_directory(target)
+    check_outside(out, {"input": input})
+    root, target = Path(input).expanduser().absolute(), make_directory(out)
     model = checkpoint.load(vae, weights=weights, device=chosen)
     if tile_frames is None:
         check_chunk(model, chunk, " or use tile_frames=N (tiles of time, lossy)")
     tiles = make_tiles(model, tile, overlap, tile_frames, offload)
-    root, sources, rejected = find_sources(root, images, cache_dir)
-    sources = sources[:limit]
+    root, sources, rejected = find_sources(root, images, cache_dir, limit)
     kinds = [kind for kind, wanted in {"origin": save_original, "side_by_side": side_by_side}.items() if wanted]
     outputs = [
         {"reconstruction": target / name, **{kind: target / kind / name for kind in kinds}}
@@ -160,11 +160,13 @@ def make_tiles(model: VideoVAE, tile: Size, overlap: float, tile_frames: int | N
     return {"tile": tile, "overlap": overlap, "tile_frames": tile_frames, "offload": offload}
 
 
-def find_sources(path: Path, images: bool, cache_dir: str | None) -> tuple[Path, list[str], list[dict[str, Any]]]:
-    """Return a folder, the videos in it by relative path, and what was rejected; a single video is its own tree."""
+def find_sources(
+    path: Path, images: bool, cache_dir: str | None, limit: int | None
+) -> tuple[Path, list[str], list[dict[str, Any]]]:
+    """Return a folder, `limit` videos of it by relative path, and what was rejected; a single video is its own tree."""
     if not path.is_dir():
         return path.parent, [path.name], []
-    usable = find_usable(path, ClipSampler(1), images=images, cache_dir=cache_dir)
+    usable = find_usable(path, ClipSampler(1), images=images, cache_dir=cache_dir, limit=limit)
     names, root = [entry.path for entry in usable.entries], path
     if "." in names:  # the folder itself is a video: of frames
         names, root = [os.path.normpath(os.path.join(path.name, name)) for name in names], path.parent
@@ -177,9 +179,7 @@ def check_outputs(target: Path, outputs: list[dict[str, Path]]) -> None:
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise ConfigError(f"{str(twice[0])!a} would be written for two videos: rename a folder origin or side_by_side")
-    foreign = [] if (target / "reconstructions.jsonl").exists() else [path for path in paths if path.exists()]
-    if foreign:
-        raise ConfigError(f"{str(foreign[0])!a} exists and is not a reconstruction: choose another out")
+    refuse_foreign(target, "reconstructions.jsonl", paths)
 
 
 class Clip:

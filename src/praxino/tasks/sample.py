@@ -1,10 +1,12 @@
 """Sample: new videos from a denoiser, or from the prior of a VAE; each a function of the seed and its number alone."""
 
+import inspect
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,29 +26,24 @@ from praxino.models.vae import VideoVAE
 from praxino.tasks.common import (
     Precision,
     at_least,
+    check_written,
     make_directory,
     precision_context,
     progress,
+    refuse_foreign,
     versions,
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.generate import (
-    Rollout,
-    check_written,
-    decode,
-    frames_of,
-    is_denoiser,
-    open_generator,
-    refuse_foreign,
-    seed_of,
-)
+from praxino.tasks.generate import Rollout, decode, frames_of, seed_of
+from praxino.tasks.opening import Settings, is_denoiser, open_generator
 from praxino.tasks.ranks import launch
 from praxino.video import Video, Writer, to_uint8
 
 log = logging.getLogger(__name__)
 
 PRIOR_FRAMES, PRIOR_SIZE = 17, 64  # of draws from a VAE, which does not say what it was trained on
+OF_A_VAE = ("ckpt", "weights", "batch")  # the settings that draws from a VAE know
 PIECE = 4  # latents of the prior at a time
 SHOWN = 32  # videos on the sheet
 Draw = Callable[[Sequence[int], list[int]], Iterator[Tensor]]
@@ -94,7 +91,7 @@ def sample(
 
     Args:
         ckpt: a run of a denoiser or a checkpoint of it; or whatever `praxino.load` reads: then N(0, 1) goes through the
-            latent statistics and the decoder.
+            latent statistics and the decoder, and conditions, guidance, sampler and rollout have no meaning.
         vae: where the VAE of the denoiser lies now, if the checkpoint does not find it.
         label: a class by number or name; a list goes round.
         text: a file of praxino-embed-text.
@@ -112,31 +109,14 @@ def sample(
     Returns:
         samples, frames, size and seconds.
     """
-    at_least(1, n=n, frames=frames, steps=steps, batch=batch, devices=devices, num_nodes=num_nodes)
+    settings = Settings.among(locals())
+    at_least(1, n=n, frames=frames, devices=devices, num_nodes=num_nodes)
     check_written(quality, fps)
     started = time.perf_counter()
     with launch(device, devices, num_nodes) as ranks:
         draw: Draw
         if is_denoiser(ckpt):
-            generator = open_generator(
-                ckpt,
-                vae,
-                weights,
-                ranks.device,
-                sampler=sampler,
-                steps=steps,
-                shift=shift,
-                context_noise=context_noise,
-                guidance=guidance,
-                guidance_interval=guidance_interval,
-                guidance_rescale=guidance_rescale,
-                rollout=rollout,
-                window=window,
-                overlap=overlap,
-                label=label,
-                text=text,
-                batch=batch,
-            )
+            generator, protocol = open_generator(settings, ranks.device), asdict(settings)
             model, trained = generator.vae, generator.trained.shape
             count = frames or frames_of(model, trained[1])
             cells = cells_of(model, size, trained[2:])
@@ -147,7 +127,7 @@ def sample(
             def draw(seeds: Sequence[int], numbers: list[int]) -> Iterator[Tensor]:
                 return generator.draw(seeds, numbers, length, cells)
         else:
-            refuse_conditions(label=label, text=text, guidance=None if guidance == 1 else guidance, vae=vae)
+            protocol = of_a_vae(settings)
             model = checkpoint.load(ckpt, weights=weights, device=ranks.device)
             count, labels = frames or PRIOR_FRAMES, None
             cells = cells_of(model, PRIOR_SIZE if size is None else size, ())
@@ -180,12 +160,11 @@ def sample(
             return rows
 
         rows = sorted((row for part in ranks.on_all(work) for row in part), key=lambda row: row["number"])
-        settings = {"ckpt": ckpt, "weights": weights, "seed": seed, "guidance": guidance, "sampler": sampler}
-        settings |= {"steps": steps, "shift": shift, "rollout": rollout, "precision": precision}
+        protocol |= {"seed": seed, "precision": precision, "versions": versions()}
 
         def finish() -> dict[str, Any]:
             write_jsonl(target / "samples.jsonl", rows)
-            write_atomic(target / "protocol.json", json.dumps({**settings, "versions": versions()}, indent=2) + "\n")
+            write_atomic(target / "protocol.json", json.dumps(protocol, indent=2) + "\n")
             write_png(target / "sheet.png", contact_sheet([thumbnails(path) for path in paths[:SHOWN]]))
             log.info("%d samples of %d frames in %s", n, count, target)
             seconds = round(time.perf_counter() - started, 3)
@@ -209,11 +188,13 @@ def describe(
     return row | {"label": label, "seconds": seconds}
 
 
-def refuse_conditions(**settings: Any) -> None:
-    """Raise ConfigError for what a VAE cannot use."""
-    for name, value in settings.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value}: ckpt is a VAE, whose samples have no condition: leave it out")
+def of_a_vae(settings: Settings) -> dict[str, Any]:
+    """Return the settings that mean something where a VAE decodes noise; raise ConfigError where others are given."""
+    defaults = Settings.among({name: known.default for name, known in inspect.signature(sample).parameters.items()})
+    for name, value in vars(settings).items():
+        if name not in OF_A_VAE and value != getattr(defaults, name):
+            raise ConfigError(f"{name}={value}: ckpt is a VAE, whose samples are decoded noise: leave {name} out")
+    return {name: getattr(settings, name) for name in OF_A_VAE}
 
 
 def cells_of(vae: VideoVAE, size: Size, trained: Sequence[int]) -> tuple[int, int]:

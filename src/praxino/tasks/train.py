@@ -3,7 +3,6 @@
 import inspect
 import logging
 import math
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from praxino.lit.base import StepModule
 from praxino.models.vae import VideoVAE
 from praxino.shards import is_sharded
 from praxino.tasks.attach import attach, fill_in, keep_vae
-from praxino.tasks.common import describe_run, make_directory
+from praxino.tasks.common import check_outside, describe_run, make_directory, quiet_lightning
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +58,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(
             "trainer.val_check_interval=0: use a positive number; trainer.limit_val_batches=0 never validates"
         )
+    data = instantiate(cfg.data)
+    check_outside(cfg.out, {f"data.{key}": getattr(data, key, None) for key in ("root", "val_root")})
     out = make_directory(cfg.out)
     resume = resume_from(cfg.ckpt, out)
     quiet_lightning()
     pl.seed_everything(cfg.seed, workers=False, verbose=False)
 
-    data = instantiate(cfg.data)
     model: StepModule = instantiate(cfg.model)
     attach(model, cfg, out)
     model.check_data(cfg.frames, plain(cfg.size), cfg.batch, getattr(data, "manifest", None))
@@ -181,16 +181,3 @@ def describe_training(model: StepModule, trainer: pl.Trainer, out: Path, resume:
     log.info("%s, %.1fM parameters, %s, on %s", type(model.net).__name__, count / 1e6, model.summary(), devices)
     steps = "no limit" if trainer.max_steps < 0 or math.isinf(trainer.max_steps) else f"{trainer.max_steps} steps"
     log.info("%s to %s, run directory %s", f"from {resume.name}" if resume else "from the start", steps, out)
-
-
-def quiet_lightning() -> None:
-    """Leave Lightning's warnings, drop its chatter, and let every line appear once."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own call
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # workers are the user's choice
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # rows are logged by step
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated")  # its successor is too new
