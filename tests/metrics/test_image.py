@@ -1,13 +1,14 @@
 """PSNR and SSIM equal the reference's, and scikit-image's."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from praxino.metrics.image import psnr, ssim
+from praxino.metrics.image import mse_frames, psnr, psnr_frames, ssim, ssim_frames
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -51,9 +52,17 @@ def test_identical_frames_count_100_db():
     assert ssim(x, x).item() == 1
 
 
-def test_values_outside_the_range_are_clamped():
-    x = torch.ones(1, 3, 1, 16, 16)
-    assert psnr(x, 3 * x).item() == 100
+@pytest.mark.parametrize(("bad", "words"), [(1.01, "from -1 to 1.01"), (-255.0, "from -255 to"), (math.nan, "nan")])
+@pytest.mark.parametrize("metric", [psnr, ssim, psnr_frames, ssim_frames, mse_frames])
+def test_values_outside_the_range_are_an_error(metric, bad, words):
+    x = torch.linspace(-1, 1, 256).view(1, 1, 1, 16, 16)
+    y = x.clone()
+    y[..., 3, 3] = bad
+    with pytest.raises(ValueError, match=f"the second video holds values.*{words}.*use"):
+        metric(x, y)
+    with pytest.raises(ValueError, match="the first video"):
+        metric(y, x)
+    metric(x, x * (1 + 5e-7))  # rounding is none
 
 
 def test_small_frames_are_refused():
