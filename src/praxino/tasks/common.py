@@ -1,12 +1,14 @@
 """What the tasks share: the run directory, the device, tables, and rows on disk."""
 
+import csv
+import io
 import json
 import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +29,7 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, StorageError
-from praxino.metrics.image import WINDOW, psnr, ssim
+from praxino.metrics.suite import PairSuite
 from praxino.models.vae import VideoVAE, check_clip
 
 __all__ = ["check_clip"]
@@ -136,8 +138,8 @@ def load_clips(
 
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return psnr and ssim of videos `(B, C, T, H, W)`, `(B,)`; ssim is NaN where its window does not fit."""
-    fits = min(x.shape[-2:]) >= WINDOW
-    return {"psnr": (scores := psnr(x, y)), "ssim": ssim(x, y) if fits else torch.full_like(scores, math.nan)}
+    scores = PairSuite(("psnr", "ssim")).score(x, y)
+    return {name: scores[name] for name in ("psnr", "ssim")}
 
 
 def check_chunk(net: VideoVAE, chunk: int | None, remedy: str = "") -> None:
@@ -167,6 +169,15 @@ def write_atomic(path: Path, text: str) -> None:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, in ASCII, so that any file name can be written."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, a column a key."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[str]) -> None:
