@@ -32,9 +32,9 @@ from praxino.tasks.common import (
     versions,
     without_nan,
     write_atomic,
+    write_csv,
     write_jsonl,
 )
-from praxino.tasks.evaluate import write_csv
 from praxino.tasks.generate import (
     Generator,
     Rollout,
