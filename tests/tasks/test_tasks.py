@@ -193,7 +193,7 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
     assert len(rows) == result["n"] == 6
     assert result["psnr"]["mean"] == pytest.approx(sum(float(row["psnr"]) for row in rows) / 6)
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert written["psnr"].keys() == {"mean", "std", "n"}
+    assert written["psnr"].keys() == {"mean", "std", "low", "high", "n"}
     assert written["protocol"]["frames"] == 5
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {row["path"] for row in rejected} == {"broken.mp4", "brief.mp4"}
@@ -204,7 +204,7 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
 
 
 def test_evaluate_demands_partners(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="without a partner"):
+    with pytest.raises(DataError, match="6 missing under fake .*; 2 under fake alone"):
         evaluate(out=str(tmp_path), real=str(videos / "train"), fake=str(videos / "val"))
     same = evaluate(out=str(tmp_path), real=str(videos / "val"), fake=str(videos / "val"))
     assert same["psnr"]["mean"] == 100

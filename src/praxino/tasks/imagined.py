@@ -44,8 +44,10 @@ def predictions(target: Path, settings: dict[str, Any], judge: Judge, outcome: O
         raise DataError(f"no video is as long as frames={result['frames']}: there is nothing to compare with")
     device, count = pick_device(given.get("device", "auto")), result["samples"]
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["measured"]]
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    short = f"continued, but not as long as frames={result['frames']}: nothing to compare with"
+    rejected += [{"path": row["path"], "reason": "short", "detail": short} for row in rows if not row["measured"]]
+    rows = [row for row in rows if row["measured"]]
     files = [Files(folder, row["path"], row["output"], result["context"], count) for row in rows]
     found = measure(files, judge.suite(device), device)
     scores = Scores({place: beside(found, place) for place in range(len(files))}, found[SAMPLE].curves, rejected)
