@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from praxino.metrics.summary import DIRECTION
 from praxino.tasks.common import ascii_safe, write_atomic
 from praxino.video import write
 
@@ -30,32 +31,26 @@ BUDGET = 0.165  # bits a pixel and frame of a clip: ten of three panels, 17 fram
 LEAST = 12_000  # bytes that any clip may have
 SMALL = 128  # clips with shorter sides are stored at twice their size, so that 4:2:0 keeps the colour of every pixel
 BLOCK = 16  # panels begin at macroblocks, so that one does not bleed into the next
-# label, unit, which is better (0: neither), of the columns that the tasks write
-COLUMNS: dict[str, tuple[str, str, int]] = {
-    "psnr": ("PSNR", "dB", 1),
-    "psnr_clip": ("PSNR of the clip", "dB", 1),
-    "psnr_pooled": ("PSNR, pooled", "dB", 1),
-    "ssim": ("SSIM", "", 1),
-    "ms_ssim": ("MS-SSIM", "", 1),
-    "lpips": ("LPIPS", "", -1),
-    "lpips_alex": ("LPIPS (alex)", "", -1),
-    "lpips_vgg": ("LPIPS (vgg)", "", -1),
-    "lpips_squeeze": ("LPIPS (squeeze)", "", -1),
-    "difference": ("Difference error", "", -1),
-    "flicker": ("Flicker", "", 0),
-    "warped": ("Warped error", "", -1),
-    "fvd": ("FVD", "", -1),
-    "rfvd": ("rFVD", "", -1),
-    "fid": ("FID", "", -1),
-    "mse": ("MSE", "", -1),
-    "kl": ("KL", "", 0),
-    "encode_ms": ("Encoding", "ms", -1),
-    "decode_ms": ("Decoding", "ms", -1),
-    "peak_mib": ("Peak memory", "MiB", -1),
-    "parameters": ("Parameters", "", -1),
-    "compression": ("Compression", "", 1),
-    "bits_per_pixel": ("Bits per pixel", "", -1),
+# label and unit of the columns that the tasks write; others are shown by their names
+LABELS: dict[str, tuple[str, str]] = {
+    "psnr": ("PSNR", "dB"),
+    "psnr_clip": ("PSNR of the clip", "dB"),
+    "psnr_pooled": ("PSNR, pooled", "dB"),
+    "ssim": ("SSIM", ""),
+    "ms_ssim": ("MS-SSIM", ""),
+    "lpips": ("LPIPS", ""),
+    "difference": ("Difference error", ""),
+    "warped": ("Warped error", ""),
+    "mse": ("MSE", ""),
+    "fvd": ("FVD", ""),
+    "fid": ("FID", ""),
+    "kl": ("KL", ""),
+    "encode_ms": ("Encoding", "ms"),
+    "decode_ms": ("Decoding", "ms"),
+    "peak_mib": ("Peak memory", "MiB"),
 }
+BETTER = {**DIRECTION, "mse": "down", "gain": "up", "distance": "down", "compression": "up"}
+BETTER |= dict.fromkeys(("encode_ms", "decode_ms", "peak_mib", "parameters", "bits_per_pixel"), "down")
 
 
 @dataclass(frozen=True)
@@ -114,14 +109,12 @@ class _Page(Template):
 
 def write_report(path: Path, report: Report) -> None:
     """Write a report as an HTML page."""
-    keys = [*dict.fromkeys([*report.summary, *report.values, *report.horizon, *columns_of(report.rows)])]
-    keys += [metric for clip in report.clips for metric in clip.curves if metric not in keys]
+    keys = {*report.summary, *report.values, *report.horizon, *columns_of(report.rows)}
+    keys |= {metric for clip in report.clips for metric in clip.curves}
     content = {
         "title": report.title,
         "kind": report.kind,
-        "names": {
-            key: dict(zip(("label", "unit", "better"), COLUMNS[key], strict=True)) for key in keys if key in COLUMNS
-        },
+        "names": {key: name_of(key) for key in sorted(keys)},
         "summary": report.summary,
         "values": report.values,
         "rows": table_of(report.rows),
@@ -155,6 +148,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.7g}") if math.isfinite(value) else str(value)
     return ascii_safe(value)
+
+
+def name_of(key: str) -> Content:
+    """Return how a column is called; one of a variant, such as psnr_mean, like that which it is a variant of."""
+    parts = key.split("_")
+    stems = ["_".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    stem = next((stem for stem in stems if stem in LABELS or stem in BETTER), key)
+    label, unit = LABELS.get(stem, (stem.replace("_", " ").capitalize(), ""))
+    rest = key[len(stem) + 1 :].replace("_", " ")
+    return {"label": f"{label}, {rest}" if rest else label, "unit": unit, "better": BETTER.get(stem)}
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
