@@ -163,19 +163,18 @@ class Outcome:
         return result
 
     def tell(self, result: Row) -> None:
-        """Print the means."""
-        summary = {key: value for key, value in result.items() if isinstance(value, dict) and "mean" in value}
-        lines = [(key, v["mean"], v["std"], v["low"], v["high"], v["n"]) for key, v in summary.items()]
+        """Print the means and the figures of the set."""
+        lines: list[tuple[Any, ...]] = []
         for key, value in result.items():
-            if isinstance(value, dict) and "value" in value:
+            if isinstance(value, dict) and {"mean", "std", "low"} <= value.keys():
+                lines.append((key, value["mean"], value["std"], value["low"], value["high"], value["n"]))
+            elif isinstance(value, dict) and "value" in value:
                 lines.append((key, value["value"], None, None, None, value.get("n")))
-            elif key == "psnr_pooled":
+            elif isinstance(value, float):
                 lines.append((key, value, None, None, None, result["n"]))
-        show_table(
-            f"{result['n']} videos measured, {result['rejected']} passed over; see {self.target}",
-            lines,
-            ("metric", "mean", "std", "95 % from", "to", "n"),
-        )
+        counts = f"{result['n']} videos measured, " if "n" in result else ""
+        columns = ("metric", "mean", "std", "95 % from", "to", "n")
+        show_table(f"{counts}{result['rejected']} passed over; see {self.target}", lines, columns)
 
 
 def pooled(rows: Sequence[Row]) -> float:
