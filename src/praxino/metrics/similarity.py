@@ -61,36 +61,39 @@ class Strip:
 
     def __init__(self, count: int, height: int, width: int, device: torch.device) -> None:
         self.valid = count, height - MARGIN, width - MARGIN
-        down, self.across = (-(-size // BLOCK) for size in self.valid[1:])  # blocks
-        self.blocks = count * (down + 1) - 1  # down all planes
-        self.pitch, self.lines = (down + 1) * BLOCK, self.blocks * BLOCK  # rows of a plane, filtered rows in all
-        self.band = window_band(device)  # (BLOCK, BLOCK + MARGIN)
+        down, across = (-(-size // BLOCK) for size in self.valid[1:])  # blocks
+        blocks, reach = count * (down + 1) - 1, BLOCK + MARGIN  # blocks down all planes
+        self.pitch, lines = (down + 1) * BLOCK, blocks * BLOCK  # rows of a plane, filtered rows in all
+        # The constants of SSIM; those of the moments make up for what is subtracted with the means.
+        constants = [2 * C1, 4 * C1, 2 * (C1 + C2), 4 * (C1 + C2)]
+        self.constants = torch.tensor(constants, dtype=torch.float64, device=device).unbind()
 
         def buffer(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.x, self.y, self.moment = (buffer(count, self.pitch, width) for _ in range(3))
-        self.filtered = buffer(self.lines * width + BLOCK)
-        self.means = buffer(4, self.across, self.lines, BLOCK)  # of x, y, x^2 + y^2, x y
+        planes, filtered = buffer(3, count, self.pitch, width), buffer(lines * width + BLOCK)
+        self.x, self.y, self.moment = planes[:, :, :height]
+        self.rows = [v.as_strided((blocks, reach, width), (BLOCK * width, width, 1)) for v in planes]
+        self.filtered = filtered[: lines * width].view(blocks, BLOCK, width)
+        self.columns = filtered.as_strided((across, lines, reach), (BLOCK, width, 1))
+        self.means = buffer(4, across, lines, BLOCK).unbind()  # of x, y, x^2 + y^2, x y
         self.rest = torch.empty_like(self.means[0])
-        # The constants of SSIM; those of the moments make up for what is subtracted with the means.
-        constants = [2 * C1, 4 * C1, 2 * (C1 + C2), 4 * (C1 + C2)]
-        self.constants = torch.tensor(constants, dtype=torch.float64, device=device)
+        band = window_band(device)  # (BLOCK, reach)
+        self.down, self.across = band.expand(blocks, -1, -1), band.T.expand(across, -1, -1)
 
     def __call__(self, x: Tensor, y: Tensor, luminance: bool) -> Tensor:
         """Return the sums over the window's places, `(N,)`."""
-        height = x.shape[1]
-        a, b, moment = (v[:, :height] for v in (self.x, self.y, self.moment))
+        rows_x, rows_y, rows = self.rows
         mean_x, mean_y, squares, product = self.means
-        small, large, for_product, for_squares = self.constants.unbind()
-        a.copy_(x).add_(1)
-        b.copy_(y).add_(1)
-        torch.addcmul(for_product, a, b, out=moment)
-        self.blur(self.moment, product)
-        torch.addcmul(for_squares, a, a, out=moment).addcmul_(b, b)
-        self.blur(self.moment, squares)
-        self.blur(self.x, mean_x)
-        self.blur(self.y, mean_y)
+        small, large, for_product, for_squares = self.constants
+        self.x.copy_(x).add_(1)
+        self.y.copy_(y).add_(1)
+        torch.addcmul(for_product, self.x, self.y, out=self.moment)
+        self.blur(rows, product)
+        torch.addcmul(for_squares, self.x, self.x, out=self.moment).addcmul_(self.y, self.y)
+        self.blur(rows, squares)
+        self.blur(rows_x, mean_x)
+        self.blur(rows_y, mean_y)
 
         sum_of_squares = torch.addcmul(large, mean_x, mean_x, out=self.rest).addcmul_(mean_y, mean_y)  # + 4 C1
         twice = torch.addcmul(small, mean_x, mean_y, out=mean_x)  # half of 2 m_x m_y + 4 C1
@@ -101,24 +104,17 @@ class Strip:
             squares.mul_(sum_of_squares)
         return self.total(product.div_(squares)) * (4 if luminance else 2)
 
-    def blur(self, x: Tensor, out: Tensor) -> None:
-        """Filter planes `(N, pitch, W)` down and across; `out` `(across, lines, BLOCK)` holds columns in blocks."""
-        width, reach = x.shape[-1], BLOCK + MARGIN
-        down = x.as_strided((self.blocks, reach, width), (BLOCK * width, width, 1))
-        torch.bmm(
-            self.band.expand(self.blocks, -1, -1),
-            down,
-            out=self.filtered[: self.lines * width].view(self.blocks, BLOCK, width),
-        )
-        across = self.filtered.as_strided((self.across, self.lines, reach), (BLOCK, width, 1))
-        torch.bmm(across, self.band.T.expand(self.across, -1, -1), out=out)
+    def blur(self, rows: Tensor, out: Tensor) -> None:
+        """Filter planes, given as overlapping blocks of rows, down and across; `out` holds columns in blocks."""
+        torch.bmm(self.down, rows, out=self.filtered)
+        torch.bmm(self.columns, self.across, out=out)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum values `(across, lines, BLOCK)` over each plane but for what lies beyond it, `(N,)`."""
         count, height, width = self.valid
-        size = (self.across, count, height, BLOCK)
+        size = (len(values), count, height, BLOCK)
         inside = values.as_strided(size, (values.stride(0), self.pitch * BLOCK, BLOCK, 1))
-        last = inside[-1, ..., : width - (self.across - 1) * BLOCK]
+        last = inside[-1, ..., : width - (len(values) - 1) * BLOCK]
         return inside[:-1].sum(dim=(0, 2, 3)) + last.sum(dim=(1, 2))
 
 
