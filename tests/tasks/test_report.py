@@ -18,7 +18,7 @@ from browser import Page, launch
 from praxino.metrics.summary import DIRECTION
 from praxino.tasks import report as module
 from praxino.tasks.report import BETTER, BUDGET, Clip, Report, embed, encode, name_of, plain, tile, write_report
-from praxino.video import Video, read
+from praxino.video import Video
 
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 70, 190))
 EVIL = "a \"<b>&'</script><script>window.hit = 1</script> \udcff.mp4"
@@ -198,10 +198,12 @@ def test_quality_follows_the_budget() -> None:
 def test_size_of_natural_content(shared: Callable[[str], Path], tmp_path: Path) -> None:
     clips = []
     for path in sorted(shared("data/videos").rglob("*.mp4")):
+        if len(clips) == 10:
+            break
         with Video(path) as video:
-            if video.info.frames < 17 or min(video.info.height, video.info.width) < 256 or len(clips) == 10:
+            if min(video.info.height, video.info.width) < 256 or len(frames := next(video.chunks(17))) < 17:
                 continue
-        x = F.interpolate(read(path)[:17].permute(0, 3, 1, 2).float(), (256, 256), mode="area")
+        x = F.interpolate(frames.permute(0, 3, 1, 2).float(), (256, 256), mode="area")
         y = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         panels = {"original": x, "reconstruction": y, "difference": ((x - y).abs() * 4).clamp(max=255)}
         panels = {label: panel.byte().permute(0, 2, 3, 1) for label, panel in panels.items()}
@@ -316,9 +318,7 @@ def test_frames_are_found_exactly(page: Page, pages: dict[str, Path]) -> None:
         for frame in (last, 0, 1, last - 1, last // 2):
             scrub(page, index, frame)
             page.wait(f"numbers({index}).every(number => number === {frame})")
-            assert (
-                page.run(f"document.querySelector('#clip-{index} output').textContent") == f"{frame + 1} / {last + 1}"
-            )
+            assert page.run(f"document.querySelector('#clip-{index} output').textContent") == f"frame {frame}"
         for frame in range(last + 1):
             scrub(page, index, frame)  # faster than it can seek
         scrub(page, index, 3)
@@ -350,7 +350,7 @@ def test_keys_step_and_play(page: Page, pages: dict[str, Path]) -> None:
     frame = page.run("numbers(0)[0]")
     page.run("new Promise(done => setTimeout(done, 200))")
     assert page.run("numbers(0)") == [frame] * 3
-    assert page.run("document.querySelector('#clip-0 output').textContent") == f"{frame + 1} / 17"
+    assert page.run("document.querySelector('#clip-0 output').textContent") == f"frame {frame}"
 
 
 def test_colours_and_sizes(page: Page, pages: dict[str, Path]) -> None:
