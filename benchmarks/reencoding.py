@@ -2,14 +2,15 @@
 
 The evaluation of several published VAEs compares files: both sides are written by OpenCV as mp4v (MPEG-4 part 2) and
 decoded again. Here the same clips of one VAE are measured in memory, without any file, and from lossless files, from
-H.264 at constant rate factor 18, and from mp4v, by the protocols wfvae (33 frames of 256x256) and native (whole).
+H.264 at constant rate factor 18, and from mp4v, by the protocols wfvae (33 frames of 256x256) and native (whole); then
+with the errors of the VAE divided, for what files do depends on how good it is.
 
-    python benchmarks/reencoding.py VAE FOLDER [--native N] [--out FILE.md]
+    python benchmarks/reencoding.py VAE FOLDER [--clips N] [--native N] [--out FILE.md]
 """
 
 import argparse
 import platform
-import shutil
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,19 +19,20 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import praxino
 from praxino.data.clips import ClipSampler
-from praxino.data.transforms import Resize
 from praxino.data.usable import find_usable
+from praxino.metrics.suite import PairSuite
+from praxino.metrics.summary import describe
+from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.reconstruct import Clip, pairs
-from praxino.tasks.score import WHOLE
-from praxino.video import Video, Writer, to_float, to_uint8
+from praxino.tasks.score import Reading, Row, score_vae, score_whole
+from praxino.tasks.verdict import pooled
+from praxino.video import Writer, to_uint8
 
 FILES = {"lossless H.264 (RGB)": "lossless", "H.264, crf 18": "h264", "mp4v (OpenCV)": "mp4v"}
-SETTINGS: dict[str, Any] = {"metrics": ["psnr", "ssim"], "report": False, "workers": 0}
 KEYS = ("psnr", "psnr_clip", "ssim")
 
 
@@ -67,36 +69,60 @@ class Ours:
         self.writer.__exit__(None, None, None)
 
 
-def write_trees(vae: Path, source: Path, target: Path, frames: int | None, size: int | None) -> None:
-    """Write originals and reconstructions of all videos as files of each kind."""
-    model = praxino.load(vae)
-    for entry in find_usable(source, ClipSampler(frames or 1)).entries:
-        with Video(source / entry.path) as video:
-            clip = Clip(video, frames, 1, None if size is None else Resize(size), None, WHOLE)
-            name = Path(entry.path).with_suffix(".mp4")
-            writers = []
-            for side in ("real", "fake"):
-                for codec in FILES.values():
-                    path = target / codec / side / name
-                    writers.append((side, Mp4v(path, clip.fps) if codec == "mp4v" else Ours(path, clip.fps, codec)))
-            for x, y in pairs(model, clip, torch.device("cpu"), frames or clip.chunk, WHOLE):
-                videos = {"real": to_float(x), "fake": y}
-                for side, writer in writers:
-                    writer.add(videos[side])
-            for _, writer in writers:
-                writer.close()
+class Trees:
+    """Writes originals and reconstructions while they are measured in memory, as files of each kind; a `Watcher`."""
+
+    def __init__(self, target: Path, paths: list[str]) -> None:
+        self.target, self.paths = target, paths
+
+    def begin(self, places: Sequence[int], fps: Sequence[float]) -> None:
+        name, rate = Path(self.paths[places[0]]).with_suffix(".mp4"), Fraction(fps[0]).limit_denominator(1001)
+        self.writers: list[tuple[int, Mp4v | Ours]] = []
+        for place, side in enumerate(("real", "fake")):
+            for codec in FILES.values():
+                path = self.target / codec / side / name
+                self.writers.append((place, Mp4v(path, rate) if codec == "mp4v" else Ours(path, rate, codec)))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        for place, writer in self.writers:
+            writer.add((x, y)[place][0])
+
+    def end(self, rows: Sequence[Row]) -> None:
+        for _, writer in self.writers:
+            writer.close()
 
 
-def measure(vae: Path, source: Path, work: Path, protocol: str, frames: int | None, size: int | None) -> list[str]:
+class Better(nn.Module):
+    """A VAE whose errors are divided by a number, which stands for a good one where none is at hand."""
+
+    def __init__(self, vae: VideoVAE, divisor: float) -> None:
+        super().__init__()
+        self.vae, self.divisor, self.check_video = vae, divisor, vae.check_video
+
+    def encode(self, x: Tensor) -> Posterior:
+        self.x = x
+        return self.vae.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.x + (self.vae.decode(z).clamp(-1, 1) - self.x) / self.divisor
+
+
+def measure(model: Any, source: Path, work: Path, protocol: str, reading: Reading) -> list[str]:
     """Return the lines of a table: in memory, then the kinds of files."""
-    data = {"root": str(source)}
-    result = evaluate(str(work / "memory"), vae=str(vae), data=data, frames=frames, size=size, **SETTINGS)
-    lines = [row(protocol, "in memory", result, result)]
-    write_trees(vae, source, work / "files", frames, size)
+    suite, entries = PairSuite(["psnr", "ssim"]), reading.find(source).entries
+    paths = [entry.path for entry in entries]
+    trees = Trees(work, paths)
+    if reading.frames is None:
+        scores = score_whole(model, source, dict(enumerate(paths)), 1, None, suite, [trees])
+    else:
+        scores = score_vae(model, reading.load(source, entries), suite, [trees])
+    memory: dict[str, Any] = {key: describe(row[key] for row in scores.table) for key in KEYS}
+    memory |= {"psnr_pooled": pooled(scores.table), "n": len(scores.table)}
+    lines = [row(protocol, "in memory", memory, memory)]
     for words, codec in FILES.items():
-        trees = {side: str(work / "files" / codec / side) for side in ("real", "fake")}
-        lines.append(row(protocol, words, evaluate(str(work / codec), **trees, **SETTINGS), result))
-    shutil.rmtree(work)
+        sides = {side: str(work / codec / side) for side in ("real", "fake")}
+        result = evaluate(str(work / f"{codec}-out"), **sides, metrics=["psnr", "ssim"], report=False)
+        lines.append(row(protocol, words, result, memory))
     return lines
 
 
@@ -126,16 +152,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("vae", type=Path)
     parser.add_argument("videos", type=Path)
+    parser.add_argument("--clips", type=int, help="of the first so many videos")
     parser.add_argument("--native", type=int, default=12, help="so many of the smallest videos, whole")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--divide", type=float, nargs="*", default=[4.0, 8.0], help="the VAE's errors, too, by these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         work = Path(folder)
-        lines = measure(args.vae, args.videos, work / "a", "wfvae", args.frames, args.size)
+        clips = Reading(args.frames, size=args.size, limit=args.clips)
+        shape, vae = f"{args.frames}x{args.size}x{args.size}", praxino.load(args.vae)
+        lines = measure(vae, args.videos, work / "a", shape, clips)
+        for divisor in args.divide:
+            model = Better(vae, divisor)
+            lines += measure(model, args.videos, work / str(divisor), f"{shape}, errors / {divisor:g}", clips)
         few = smallest(args.videos, work / "few", args.native)
-        lines += measure(args.vae, few, work / "b", "native", None, None)
+        lines += measure(vae, few, work / "b", "native", Reading(None, size=None))
     head = f"| protocol | compared | videos | PSNR dB | of the clip | SSIM | pooled |\n{'| --- ' * 7}|"
     where = f"torch {torch.__version__}, OpenCV {cv2.__version__}, {platform.machine()}"
     text = f"{head}\n" + "\n".join(lines) + f"\n\n{where}\n"

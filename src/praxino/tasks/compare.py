@@ -76,7 +76,7 @@ class SetDistance:
         self.place: Path | None = None
         self.real, self.fake = Features(), Features()
 
-    def begin(self, places: Sequence[int], fps: float) -> None:
+    def begin(self, places: Sequence[int], fps: Sequence[float]) -> None:
         self.places, self.seen, self.held = places, 0, list[list[Tensor]]()
 
     def add(self, x: Tensor, y: Tensor) -> None:

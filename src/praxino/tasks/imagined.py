@@ -82,7 +82,7 @@ class Files:
             size = fitting_chunk(info.height, info.width)
             last = to_float(truth.read([self.context - 1])).to(device)[None]
             for recorder in recorders.values():
-                recorder.begin([place], [self.path], float(info.fps))
+                recorder.begin([place], [self.path], [float(info.fps)])
             for pieces in zip(*(video.chunks(size, self.context) for video in (truth, *others)), strict=True):
                 x, *found = (to_float(piece.to(device))[None] for piece in pieces)
                 videos = dict(zip(self.kinds, found, strict=True)) | {COPY: last.expand_as(x)}

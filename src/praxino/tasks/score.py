@@ -60,7 +60,7 @@ class Watcher(Protocol):
     Another `begin` without an `end` means that those videos could not be read to their end.
     """
 
-    def begin(self, places: Sequence[int], fps: float) -> None: ...
+    def begin(self, places: Sequence[int], fps: Sequence[float]) -> None: ...
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take the next frames of originals and reconstructions, `(B, 3, t, H, W)` in [-1, 1]."""
@@ -100,7 +100,7 @@ class Recorder:
         self.suite, self.watchers, self.scores = suite, watchers, Scores()
         self.meter: PairMeter | None = None
 
-    def begin(self, places: Sequence[int], paths: Sequence[str], fps: float) -> None:
+    def begin(self, places: Sequence[int], paths: Sequence[str], fps: Sequence[float]) -> None:
         """Take up videos of one shape."""
         self.places, self.paths, self.frames = places, paths, 0
         self.meter = self.suite.begin()
@@ -240,7 +240,7 @@ def score_vae(
         with clock("decode"):
             y = model.decode(z).float().clamp(-1, 1)
         with clock("metrics"):
-            recorder.begin(clips["index"].tolist(), clips["path"], float(clips["fps"][0]))
+            recorder.begin(clips["index"].tolist(), clips["path"], clips["fps"].tolist())
             recorder.add(x, y)
             recorder.end()
     recorder.scores.seconds = clock.seconds
@@ -272,7 +272,7 @@ def score_whole(
             with Video(Path(root) / name) as video:
                 clip = Clip(video, None, stride, resize, None, WHOLE)
                 expected = -(-video.info.frames // stride)
-                recorder.begin([place], [name], float(clip.fps))
+                recorder.begin([place], [name], [float(clip.fps)])
                 pieces = reconstructed(model, clip, device, clip.chunk if model.streamable else None, WHOLE)
                 for source, y in clock.each("reconstruct", pieces):
                     with clock("metrics"):
@@ -299,7 +299,7 @@ def score_pairs(
         size = fitting_chunk(pair.height, pair.width)
         try:
             with Video(pair.real) as first, Video(pair.fake) as second:
-                recorder.begin([place], [pair.name], float(pair.fps))
+                recorder.begin([place], [pair.name], [float(pair.fps)])
                 for a, b in clock.each("load", zip(first.chunks(size), second.chunks(size), strict=False)):
                     if len(a) != len(b):
                         break

@@ -31,7 +31,7 @@ class Pictures:
         self.errors: dict[int, float] = {}
         self.kept: dict[int, tuple[float, Panels]] = {}
 
-    def begin(self, places: Sequence[int], fps: float) -> None:
+    def begin(self, places: Sequence[int], fps: Sequence[float]) -> None:
         self.places, self.fps, self.held, self.frames = places, fps, list[list[Tensor]](), 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -50,7 +50,10 @@ class Pictures:
         for index, place in enumerate(self.places):
             if place in wanted:
                 videos = [torch.cat([piece[index] for piece in pieces]) for pieces in zip(*self.held, strict=True)]
-                self.kept[place] = self.fps, dict(zip((ORIGINAL, RECONSTRUCTION, DIFFERENCE), videos, strict=True))
+                self.kept[place] = (
+                    self.fps[index],
+                    dict(zip((ORIGINAL, RECONSTRUCTION, DIFFERENCE), videos, strict=True)),
+                )
 
     def gather(self, scores: Scores, ranks: Ranks) -> list[Clip]:
         """Return the clips of all processes that are shown, the worst first."""
