@@ -4,11 +4,12 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,15 +39,16 @@ def launch(profile: Path, *flags: str) -> Iterator["Page"]:
     command += [f"--user-data-dir={profile}", *flags, "about:blank"]
     log = profile.with_name(profile.name + ".log")
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=errors, stderr=errors)
+        process = subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True)
     try:
-        port = wait(lambda: (profile / "DevToolsActivePort").read_text().split()[0], 30)
-        with Page(port) as page:
+        port, path = wait(lambda: (profile / "DevToolsActivePort").read_text().split(), 60)
+        with Page(f"ws://127.0.0.1:{port}{path}") as page:
             yield page
             page.call("Browser.close")
         process.wait(10)
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the program may be a script that starts it
         process.wait()
 
 
@@ -57,7 +59,7 @@ def wait(ready: Any, seconds: float = 10.0) -> Any:
         try:
             if result := ready():
                 return result
-        except (OSError, IndexError):
+        except OSError:
             pass
         if time.monotonic() > end:
             raise TimeoutError(f"{ready} came to nothing within {seconds} s")
@@ -72,8 +74,8 @@ class Page:
         errors: texts of exceptions and of errors in the console.
     """
 
-    def __init__(self, port: str) -> None:
-        self.socket = websocket.create_connection(f"ws://127.0.0.1:{port}{self._path(port)}", timeout=30)
+    def __init__(self, address: str) -> None:
+        self.socket = websocket.create_connection(address, timeout=60)
         self.numbers, self.session = itertools.count(1), None
         self.fetched: list[str] = []
         self.errors: list[str] = []
@@ -81,13 +83,6 @@ class Page:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-
-    @staticmethod
-    def _path(port: str) -> str:
-        import urllib.request
-
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/version", timeout=10) as answer:
-            return "/" + json.load(answer)["webSocketDebuggerUrl"].split("/", 3)[3]
 
     def __enter__(self) -> Self:
         return self

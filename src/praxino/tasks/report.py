@@ -179,7 +179,7 @@ def show(clip: Clip) -> Content:
     video = encode(tile(list(clip.panels.values()), scale, size), clip.fps)
     return {
         "path": clip.path,
-        "fps": clip.fps,
+        "fps": float(clip.fps),
         "frames": frames,
         "height": height,
         "width": width,
