@@ -50,7 +50,8 @@ class TorchScriptDetector:
     ) -> None:
         if kind not in LEAST_FRAMES:
             raise ConfigError(f"detector of kind {kind!r} is unknown: use one of {', '.join(LEAST_FRAMES)}.")
-        self.name, self.kind, self.size, self.frames = kind, kind, size, kind == "inception"
+        self.name: str = kind
+        self.kind, self.size, self.frames = kind, size, kind == "inception"
         try:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,13 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from praxino.config import redacted
-from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
-from praxino.data.usable import find_usable
-from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, StorageError
 from praxino.metrics.suite import PairSuite
 from praxino.models.vae import VideoVAE, check_clip
@@ -117,23 +113,6 @@ def make_resize(size: Size) -> Resize:
         return Resize(size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def load_clips(
-    root: str,
-    clips: ClipSampler,
-    resize: Resize,
-    limit: int | None,
-    batch: int,
-    workers: int,
-    cache_dir: str | None,
-    rejected: list[dict[str, Any]],
-) -> DataLoader:
-    """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
-    usable = find_usable(root, clips, cache_dir=cache_dir)
-    rejected += [rejection.to_json() for rejection in usable.rejected]
-    dataset = VideoClips(root, usable.entries[:limit], clips, resize, tries=0)
-    return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
 
 
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,15 @@ from praxino.data.transforms import Size
 from praxino.errors import ConfigError
 from praxino.metrics.image import Window
 from praxino.tasks import imagined
-from praxino.tasks.common import Precision, at_least, check_clip, make_directory, make_resize, precision_context
+from praxino.tasks.common import (
+    Precision,
+    at_least,
+    check_clip,
+    make_directory,
+    make_resize,
+    pick_device,
+    precision_context,
+)
 from praxino.tasks.compare import RANDOM, compare_sets, known_statistics, settle
 from praxino.tasks.pairs import check_pairs, find_pairs, read_tree
 from praxino.tasks.ranks import Ranks, launch
@@ -123,8 +131,9 @@ def evaluate(
         made = imagined.samples(target, {"n": n, **common})
         if made is None:  # another process than the first
             return {}
-        fake, reading = made["out"], replace(reading, frames=made["frames"], size=made["size"])
-        devices = num_nodes = 1
+        reading = replace(reading, frames=made["frames"], size=made["size"])
+        assert real is not None
+        return evaluate_sets(real, made["out"], ckpt, reading, judge, outcome, Ranks(0, 1, pick_device(device)))
     with launch(device, devices, num_nodes) as ranks, precision_context(ranks.device, precision):
         if mode == "reconstruction":
             assert vae is not None
@@ -134,7 +143,7 @@ def evaluate(
         assert fake is not None
         if mode == "trees":
             return evaluate_trees(real, fake, unpaired, reading, judge, outcome, ranks)
-        return evaluate_sets(real, fake, ckpt, reading, judge, outcome, ranks)
+        return evaluate_sets(real, fake, None, reading, judge, outcome, ranks)
 
 
 def mode_of(paired: bool, **given: str | None) -> Mode:
