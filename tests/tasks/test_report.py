@@ -84,6 +84,7 @@ PREDICTION = replace(
     title="Prediction",
     kind="prediction",
     horizon={"psnr": {"frame": [5, 6, 7], "sample": [20, 19, 18], "mean": [21, 20.5, 20], "copy_last": [19, None, 15]}},
+    summary=SUMMARY | {"psnr_copy_last": {"mean": 11.5, "std": 1.0, "low": 11.0, "high": 12.0, "n": 4}},
     clips=CLIPS[:2],
     protocol={"context": 5},
 )
@@ -152,7 +153,8 @@ def test_rows_may_have_different_columns() -> None:
 
 
 def test_columns_are_named() -> None:
-    assert name_of("psnr_copy_last") == {"label": "PSNR, copy last", "unit": "dB", "better": "up"}
+    psnr = {"label": "PSNR, copy last", "unit": "dB", "better": "up", "of": "psnr", "variant": "copy last"}
+    assert name_of("psnr_copy_last") == psnr
     assert name_of("flicker") == {"label": "Flicker", "unit": "", "better": "zero"}
     assert name_of("peak_mib") == {"label": "Peak memory", "unit": "MiB", "better": "down"}
     assert name_of("own_thing") == {"label": "Own thing", "unit": "", "better": None}
@@ -525,6 +527,8 @@ def test_prediction(page: Page, pages: dict[str, Path]) -> None:
     page.wait("numbers(0)[0] === 5")
     lines = page.run("[...document.querySelectorAll('#frames .chart path')].map(path => path.getAttribute('d'))")
     assert [line.count("M") for line in lines] == [1, 1, 2], "a missing value is a gap"
+    assert page.run("document.querySelectorAll('.card').length") == len(SUMMARY) + len(RECONSTRUCTION.values)
+    assert "copy last: 11.50, 11.00 to 12.00" in page.run("document.querySelector('.card').textContent")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -157,7 +157,8 @@ def name_of(key: str) -> Content:
     stem = next((stem for stem in stems if stem in LABELS or stem in BETTER), key)
     label, unit = LABELS.get(stem, (stem.replace("_", " ").capitalize(), ""))
     rest = key[len(stem) + 1 :].replace("_", " ")
-    return {"label": f"{label}, {rest}" if rest else label, "unit": unit, "better": BETTER.get(stem)}
+    found = {"label": f"{label}, {rest}" if rest else label, "unit": unit, "better": BETTER.get(stem)}
+    return found | ({"of": stem, "variant": rest} if rest else {})
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
