@@ -36,10 +36,12 @@ def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, s
     if not len(x) or not x.isfinite().all():
         raise ValueError(f"an interval of {len(x)} values needs one at least, all of them finite.")
     generator, means = torch.Generator().manual_seed(seed), []
-    for _ in range(0, draws, step := max(1, BLOCK // len(x))):
-        means.append(x[torch.randint(len(x), (step, len(x)), generator=generator)].mean(dim=1))
+    step = max(1, BLOCK // len(x))
+    for first in range(0, draws, step):
+        places = torch.randint(len(x), (min(step, draws - first), len(x)), generator=generator)
+        means.append(x[places].mean(dim=1))
     tail = (1 - level) / 2
-    low, high = torch.cat(means)[:draws].quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
