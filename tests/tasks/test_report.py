@@ -528,7 +528,7 @@ def test_prediction(page: Page, pages: dict[str, Path]) -> None:
     lines = page.run("[...document.querySelectorAll('#frames .chart path')].map(path => path.getAttribute('d'))")
     assert [line.count("M") for line in lines] == [1, 1, 2], "a missing value is a gap"
     assert page.run("document.querySelectorAll('.card').length") == len(SUMMARY) + len(RECONSTRUCTION.values)
-    assert "copy last: 11.50, 11.00 to 12.00" in page.run("document.querySelector('.card').textContent")
+    assert "copy last: 11.50, 11.00\u00a0to\u00a012.00" in page.run("document.querySelector('.card').textContent")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
