@@ -174,7 +174,7 @@ def test_distances_of_reconstructions(vae: Path, videos: Path, detector: str, tm
     assert first["fid"]["value"] == pytest.approx(frechet_distance(*frames), rel=1e-4)
     assert first["fid"]["n"] == 39
     again = evaluated(vae, videos, tmp_path / "2", fid={**plain, "stride": 2}, **settings)
-    assert again["fvd"] == first["fvd"]
+    assert (again["fvd"], again["fvd_per_batch"]) == (first["fvd"], first["fvd_per_batch"])
     assert not (tmp_path / "1" / "report.html").exists()
 
 
@@ -197,6 +197,8 @@ def test_statistics_of_the_real_set_are_kept(
     assert "distance" not in first
     with pytest.raises(ConfigError, match=r"fvd\.frames: whole videos"):
         evaluate(str(tmp_path / "4"), **{**given, "paired": True, "real": str(fake)})
+    with pytest.raises(ConfigError, match="i3d takes clips of 9 frames or more, not 5"):
+        evaluate(str(tmp_path / "5"), **{**given, "fvd": {"detector": detector}})
 
 
 def test_a_vae_that_gives_no_numbers_ends_it(videos: Path, tmp_path: Path) -> None:

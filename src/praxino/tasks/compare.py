@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from praxino.checkpoint import replace
 from praxino.data.scan import Entry, fingerprint
 from praxino.errors import ConfigError, DataError
-from praxino.metrics.detector import Detector, TorchScriptDetector
+from praxino.metrics.detector import LEAST_FRAMES, Detector, TorchScriptDetector
 from praxino.metrics.features import RandomFeatures
 from praxino.metrics.frechet import fit, frechet_distance, gaussian_distance
 from praxino.tasks.common import write_jsonl
@@ -176,13 +176,17 @@ def stack(features: Features, places: Sequence[int]) -> Tensor:
     return torch.cat([features[place] for place in places])
 
 
-def open_distances(fvd: Fvd, fid: Fid, whole: bool, device: torch.device) -> list[SetDistance]:
-    """Load the detectors that are given."""
-    if fvd.detector and whole and fvd.frames is None:
+def open_distances(fvd: Fvd, fid: Fid, frames: int | None, device: torch.device) -> list[SetDistance]:
+    """Load the detectors that are given, for clips of so many frames; None: whole videos."""
+    if fvd.detector and frames is None and fvd.frames is None:
         raise ConfigError(
             "fvd.frames: whole videos differ in length: say how many frames a clip has, e.g. fvd.frames=16"
         )
     found = []
+    count = fvd.frames or -(-(frames or 1) // fvd.stride)
+    if fvd.detector and count < LEAST_FRAMES[fvd.kind]:
+        least = LEAST_FRAMES[fvd.kind]
+        raise ConfigError(f"fvd: {fvd.kind} takes clips of {least} frames or more, not {count}: use frames=17")
     both: tuple[tuple[str, Fvd | Fid], ...] = ("fvd", fvd), ("fid", fid)
     for name, settings in both:
         if settings.detector:
@@ -202,7 +206,8 @@ def known_statistics(
         facts = [reading.protocol(), distance.protocol(), fingerprint(entries), str(Path(root).absolute())]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         distance.place = folder / "statistics" / f"{key}.safetensors"
-        distance.known = ranks.on_first(lambda place=distance.place: Gaussian.load(place))  # type: ignore[misc]
+        if not (isinstance(distance.settings, Fvd) and distance.settings.per_batch):  # which needs the features
+            distance.known = ranks.on_first(lambda place=distance.place: Gaussian.load(place))  # type: ignore[misc]
 
 
 def settle(distance: SetDistance, batches: Sequence[Sequence[int]], ranks: Ranks) -> Row:

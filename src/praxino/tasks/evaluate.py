@@ -128,12 +128,13 @@ def evaluate(
         if mode == "predictions":
             own = {"input": input, "context": context, "stride": stride, "limit": limit, "cache_dir": cache_dir}
             return imagined.predictions(target, {**own, **common}, judge, outcome)
-        made = imagined.samples(target, {"n": n, **common})
+        drawn = {"n": n, **common}
+        made = imagined.samples(target, drawn)
         if made is None:  # another process than the first
             return {}
         reading = replace(reading, frames=made["frames"], size=made["size"])
         assert real is not None
-        return evaluate_sets(real, made["out"], ckpt, reading, judge, outcome, Ranks(0, 1, pick_device(device)))
+        return evaluate_sets(real, made["out"], drawn, reading, judge, outcome, Ranks(0, 1, pick_device(device)))
     with launch(device, devices, num_nodes) as ranks, precision_context(ranks.device, precision):
         if mode == "reconstruction":
             assert vae is not None
@@ -143,7 +144,7 @@ def evaluate(
         assert fake is not None
         if mode == "trees":
             return evaluate_trees(real, fake, unpaired, reading, judge, outcome, ranks)
-        return evaluate_sets(real, fake, None, reading, judge, outcome, ranks)
+        return evaluate_sets(real, fake, {}, reading, judge, outcome, ranks)
 
 
 def mode_of(paired: bool, **given: str | None) -> Mode:
@@ -180,7 +181,7 @@ def evaluate_vae(
         check_clip(model, reading.frames or 1, reading.size)
     usable = ranks.on_first(lambda: reading.find(root))
     entries, share = usable.entries, slice(ranks.rank, None, ranks.world)
-    suite, distances = judge.suite(ranks.device), judge.distances(whole, ranks.device)
+    suite, distances = judge.suite(ranks.device), judge.distances(reading.frames, ranks.device)
     known_statistics(distances, root, entries, reading, ranks)
     pictures = Pictures(outcome.shown, len(entries))
     watchers: list[Watcher] = [pictures, *distances]
@@ -222,7 +223,7 @@ def evaluate_trees(
     rejected: list[Row] = [problem.to_json() for problem in problems]
     ranks.on_first(lambda: check_pairs(pairs, problems, first, second, outcome.target, unpaired))
     pairs = pairs[: reading.limit]
-    suite, distances = judge.suite(ranks.device), judge.distances(True, ranks.device)
+    suite, distances = judge.suite(ranks.device), judge.distances(None, ranks.device)
     pictures = Pictures(outcome.shown, len(pairs))
     mine = dict(list(enumerate(pairs))[ranks.rank :: ranks.world])
     scores = Scores(rejected=rejected)
@@ -239,12 +240,12 @@ def evaluate_trees(
 
 
 def evaluate_sets(
-    real: str, fake: str, ckpt: str | None, reading: Reading, judge: Judge, outcome: Outcome, ranks: Ranks
+    real: str, fake: str, drawn: Row, reading: Reading, judge: Judge, outcome: Outcome, ranks: Ranks
 ) -> Row:
-    """Measure how like two sets of videos are."""
-    distances = judge.distances(False, ranks.device)
+    """Measure how like two sets of videos are; `drawn` says how the second one was made, if here."""
+    distances = judge.distances(reading.frames, ranks.device)
     values, rejected, entries = compare_sets(real, fake, reading, distances, outcome.target, ranks)
-    protocol: Row = {"real": real, "fake": fake, **({"ckpt": ckpt} if ckpt else {}), **reading.protocol()}
+    protocol: Row = {"real": real, "fake": fake, **reading.protocol(), **({"drawn": drawn} if drawn else {})}
     protocol |= {"features": RANDOM} if not distances else {}
     protocol |= {distance.name: distance.protocol() for distance in distances}
 
@@ -254,7 +255,7 @@ def evaluate_sets(
             for label, root in (("sample", fake), ("real", real))
             for clip in thumbnails(root, entries[root], reading, 2 * outcome.shown, label)
         ]
-        title = f"Samples: {Path(ckpt or fake).name}"
+        title = f"Samples: {Path(drawn.get('ckpt', fake)).name}"
         result = outcome.write("samples", title, Scores(rejected=rejected), values, protocol, clips, {})
         outcome.tell(result)
         return result

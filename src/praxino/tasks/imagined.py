@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from praxino.errors import ConfigError, DataError
-from praxino.metrics.suite import PairSuite
+from praxino.metrics.suite import TEMPORAL, PairSuite
 from praxino.tasks.common import pick_device
 from praxino.tasks.predict import predict
 from praxino.tasks.ranks import is_first
@@ -122,7 +122,8 @@ def beside(found: dict[str, Scores], place: int) -> Row:
     row = dict(found[SAMPLE].rows[place])
     for key, scores in found.items():
         if key != SAMPLE:
-            row |= {f"{name}_{key}": scores.rows[place][name] for name in scores.curves[place]}
+            names = [name for name in scores.curves[place] if name not in TEMPORAL]
+            row |= {f"{name}_{key}": scores.rows[place][name] for name in names}
     return row
 
 

@@ -71,9 +71,9 @@ class Judge:
         lpips = {"lpips": LPIPS(**{"net": "alex", **self.lpips}).to(device)} if "lpips" in self.metrics else {}
         return PairSuite(self.metrics, self.window, lpips)
 
-    def distances(self, whole: bool, device: torch.device) -> list[SetDistance]:
-        """Load the detectors."""
-        return open_distances(self.fvd, self.fid, whole, device)
+    def distances(self, frames: int | None, device: torch.device) -> list[SetDistance]:
+        """Load the detectors, for clips of so many frames; None: whole videos."""
+        return open_distances(self.fvd, self.fid, frames, device)
 
     def protocol(self) -> Row:
         """Word the metrics of pairs."""
