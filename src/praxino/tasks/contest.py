@@ -135,7 +135,8 @@ class Contest:
         assert contender.model is not None
         log.info("%s: %d videos", contender.name, len(self.entries))
         alone = Ranks(0, 1, self.device)
-        distances, pictures = self.suite.distances(False, self.device), Pictures(self.shown, len(self.entries))
+        distances = self.suite.distances(self.reading.frames, self.device)
+        pictures = Pictures(self.shown, len(self.entries))
         known_statistics(distances, self.root, self.entries, self.reading, alone)
         contender.model.to(self.device)
         loader = self.reading.load(self.root, self.entries, pin=self.device.type == "cuda")
