@@ -24,7 +24,7 @@ from torch import Tensor
 
 from praxino.config import redacted
 from praxino.data.transforms import Resize, Size
-from praxino.errors import ConfigError, StorageError
+from praxino.errors import ConfigError, NonFiniteError, StorageError
 from praxino.metrics.suite import PairSuite
 from praxino.models.vae import VideoVAE, check_clip
 
@@ -117,6 +117,8 @@ def make_resize(size: Size) -> Resize:
 
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return psnr and ssim of videos `(B, C, T, H, W)`, `(B,)`; ssim is NaN where its window does not fit."""
+    if not y.isfinite().all():
+        raise NonFiniteError("what was decoded is not finite: use precision=32, or another VAE")
     scores = PairSuite(("psnr", "ssim")).score(x, y)
     return {name: scores[name] for name in ("psnr", "ssim")}
 
