@@ -205,7 +205,7 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
 
 
 def test_evaluate_demands_partners(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="6 missing under fake .*; 2 under fake alone"):
+    with pytest.raises(DataError, match=r"6 missing under fake .*; 2 under fake alone"):
         evaluate(out=str(tmp_path), real=str(videos / "train"), fake=str(videos / "val"))
     same = evaluate(out=str(tmp_path), real=str(videos / "val"), fake=str(videos / "val"))
     assert same["psnr"]["mean"] == 100
