@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--native", type=int, default=12, help="so many of the smallest videos, whole")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--divide", type=float, nargs="*", default=[4.0, 8.0], help="the VAE's errors, too, by these")
+    parser.add_argument("--divide", type=float, nargs="*", default=[8.0], help="the VAE's errors, too, by these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with TemporaryDirectory() as folder:

@@ -186,14 +186,16 @@ def test_statistics_of_the_real_set_are_kept(
         video.write(fake / f"{seed}.mp4", draw(0, frames=9, size=16, seed=90 + seed)[1], 8, "lossless")
     given: dict[str, Any] = {"real": str(videos), "fake": str(fake), "paired": False, "frames": 5, "size": 16}
     given |= {"workers": 0, "cache_dir": str(tmp_path / "cache"), "fvd": {"detector": detector, "kind": "plain"}}
+    given["fid"] = {"detector": detector, "kind": "plain", "stride": 2}
     first = evaluate(str(tmp_path / "1"), **given)
     saved = []
     monkeypatch.setattr(Gaussian, "save", lambda self, path: saved.append(path))
     assert evaluate(str(tmp_path / "2"), **given)["fvd"] == first["fvd"]
     assert not saved
     evaluate(str(tmp_path / "3"), **{**given, "stride": 2, "limit": 4})
-    assert len(saved) == 1  # another protocol
+    assert len(saved) == 2  # another protocol, both distances
     assert (first["fvd"]["n"], first["fvd"]["n_real"]) == (3, 13)
+    assert (first["fid"]["n"], first["fid"]["n_real"]) == (9, 39)
     assert "distance" not in first
     with pytest.raises(ConfigError, match=r"fvd\.frames: whole videos"):
         evaluate(str(tmp_path / "4"), **{**given, "paired": True, "real": str(fake)})

@@ -101,9 +101,9 @@ class SetDistance:
 
     def collect(self, found: Features, places: Sequence[int], video: Tensor) -> None:
         """Add the features of clips that are read at once."""
-        frames = self.settings.stride * (self.frames or video.shape[2])
-        if video.shape[2] > frames - self.settings.stride:
-            found |= dict(zip(places, self.detect(video[:, :, : frames : self.settings.stride]), strict=True))
+        video = video[:, :, :: self.settings.stride][:, :, : self.frames]
+        if video.shape[2] == (self.frames or video.shape[2]):
+            found |= dict(zip(places, self.detect(video), strict=True))
 
     def detect(self, video: Tensor) -> Tensor:
         """Return the features `(B, n, D)` of videos."""
@@ -217,7 +217,8 @@ def settle(distance: SetDistance, batches: Sequence[Sequence[int]], ranks: Ranks
 
     def finish() -> Row:
         statistics = distance.known or Gaussian.of(real)
-        if distance.place and not distance.known:
+        whole = len(real) == len(fake) == sum(map(len, batches)) or not batches
+        if distance.place and whole and not distance.known:  # not of those alone that this model takes
             statistics.save(distance.place)
         return distance.distance(statistics, fake, batches, real)
 
