@@ -56,7 +56,7 @@ ROWS: list[dict[str, Any]] = [
     {"path": "v/9.mp4", "frames": 9, "psnr": 100.0, "ssim": 0.5},
     {"path": "v/2.mp4", "frames": 40, "psnr": math.nan, "ssim": 0.25},
     {"path": "v/1.mp4", "frames": 1, "psnr": -3.0, "ssim": 0.75},
-    {"path": EVIL, "frames": 5, "psnr": 20.0, "ssim": 0.125},
+    {"path": EVIL, "frames": 5, "psnr": -20.0, "ssim": 0.125},
 ]
 SUMMARY: dict[str, dict[str, float | None]] = {
     "psnr": {"mean": 31.625, "std": 47.5, "low": -1.5, "high": 77.25, "n": 4},
@@ -130,7 +130,7 @@ def test_everything_is_escaped(pages: dict[str, Path]) -> None:
     assert data["title"] == RECONSTRUCTION.title
     assert data["rows"]["cells"][4][0] == EVIL.replace("\udcff", "\\udcff")
     assert data["rows"]["columns"] == ["path", "frames", "psnr", "ssim"]
-    assert [row[2] for row in data["rows"]["cells"]] == [9.5, 100, None, -3, 20]
+    assert [row[2] for row in data["rows"]["cells"]] == [9.5, 100, None, -3, -20]
 
 
 def test_values_become_plain() -> None:
@@ -429,11 +429,11 @@ def test_sorting(page: Page, pages: dict[str, Path]) -> None:
     page.open(pages["reconstruction"])
     heads = "[...document.querySelectorAll('#rows thead th')]"
     page.run(f"{heads}[2].querySelector('button').click()")
-    assert column(page, 2) == ["\u22123.0", "9.5", "20.0", "100.0", "\u2013"]  # 100 after 20, what is missing last
+    assert column(page, 2) == ["\u221220.0", "\u22123.0", "9.5", "100.0", "\u2013"]  # as numbers; what is missing last
     assert page.run(f"{heads}.map(head => head.ariaSort)") == ["none", "none", "ascending", "none"]
     page.run(f"{heads}[2].querySelector('button').focus()")
     page.press("Enter")
-    assert column(page, 2) == ["100.0", "20.0", "9.5", "\u22123.0", "\u2013"]
+    assert column(page, 2) == ["100.0", "9.5", "\u22123.0", "\u221220.0", "\u2013"]
     assert page.run(f"{heads}.map(head => head.ariaSort)") == ["none", "none", "descending", "none"]
     page.run(f"{heads}[0].querySelector('button').click()")
     assert column(page, 0)[1:] == ["v/1.mp4", "v/2.mp4", "v/9.mp4", "v/10.mp4"]
