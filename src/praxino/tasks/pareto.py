@@ -20,11 +20,7 @@ LABELS = {
 
 def pareto(rows: Sequence[Row], path: Path, quality: str = "psnr") -> None:
     """Draw quality against what it costs, in a panel for each cost; what nothing beats in both is joined by a line."""
-    quality = (
-        quality
-        if rows[0].get(quality) is not None
-        else next((key for key in DIRECTION if rows[0].get(key) is not None), "")
-    )
+    quality = next((key for key in (quality, *DIRECTION) if rows[0].get(key) is not None), "")
     costs = [key for key in ("decode_ms", "peak_mib", "bits_per_pixel") if rows[0].get(key)]
     if not quality or not costs:
         return
