@@ -22,7 +22,8 @@ from praxino.errors import ConfigError, PraxinoError
 # keys that name something which must exist before a task begins
 PATHS = {
     "train": ("data.root", "data.val_root", "weights", "data.text"),
-    "evaluate": ("vae", "data.root", "real", "fake"),
+    "evaluate": ("vae", "data.root", "real", "fake", "ckpt", "input"),
+    "benchmark": ("vaes", "data.root"),
     "reconstruct": ("vae", "input"),
     "encode": ("vae", "data.root"),
     "sample": ("ckpt", "vae", "text"),
@@ -222,6 +223,7 @@ def groups() -> list[str]:
 
 train = command("train")
 evaluate = command("evaluate")
+benchmark = command("benchmark")
 reconstruct = command("reconstruct")
 encode = command("encode")
 sample = command("sample")

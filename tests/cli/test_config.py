@@ -51,7 +51,7 @@ def test_every_yaml_is_reached() -> None:
     groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
     known = {".", "callbacks", "data", "debug", "experiment", "hydra/help", "hydra/job_logging", "logger", "model"}
     parts = {f"model/{part}" for part in ("adversary", "diffusion", "lpips", "net", "optimizer", "val_lpips")}
-    assert groups <= known | parts | {"trainer", "launcher", "local"}
+    assert groups <= known | parts | {"trainer", "launcher", "local", "protocol"}
 
 
 def test_all_problems_are_told_at_once() -> None:

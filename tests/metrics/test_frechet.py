@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from praxino.data.synthetic import draw
 from praxino.metrics.features import RandomFeatures
@@ -51,6 +54,49 @@ def test_a_set_is_at_no_distance_from_itself_and_a_shift_is_its_square() -> None
     turn = torch.linalg.qr(covariance(6, 9)).Q
     y = torch.randn(40, 6, generator=torch.Generator().manual_seed(4)).double() * 2
     assert frechet_distance(x @ turn, y @ turn) == pytest.approx(frechet_distance(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(8, 8), (5, 11), (12, 40), (40, 12), (64, 64)])
+def test_few_samples_agree_with_scipy_and_with_a_closed_form(n: int, m: int) -> None:
+    """16 features: of a line through few of them, of a shift and a scale of one set, and of any two sets."""
+    generator = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(k, 16, generator=generator, dtype=torch.float64) for k in (n, m))
+    y = y * torch.linspace(0.2, 3, 16, dtype=torch.float64) + 0.3
+    (mean_x, cov_x), (mean_y, cov_y) = fit(x), fit(y)
+    gap = (mean_x - mean_y).square().sum()
+    # scipy's root of a singular product loses half of its digits: that of the regular Gram matrices has the same trace
+    rows_x, rows_y = ((v - v.mean(0)).numpy() / np.sqrt(len(v) - 1) for v in (x, y))
+    cross = rows_x @ rows_y.T
+    gram = cross @ cross.T if n <= m else cross.T @ cross  # one direction is lost to the mean
+    base = np.linalg.svd(gram)[0][:, : min(n, m, 17) - 1]
+    trace = np.trace(scipy.linalg.sqrtm(base.T @ gram @ base).real)
+    expected = float(gap + cov_x.trace() + cov_y.trace()) - 2 * trace
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert gaussian_distance(mean_x, cov_x, mean_y, cov_y) == pytest.approx(expected, rel=1e-7)
+    plain = np.trace(scipy.linalg.sqrtm(cov_x.numpy() @ cov_y.numpy()).real)
+    assert frechet_distance(x, y) == pytest.approx(float(gap + cov_x.trace() + cov_y.trace()) - 2 * plain, rel=1e-6)
+    scaled = (9 - 1) ** 2 / 81 * fit(x)[1].trace() + (mean_x * 8 / 9 - 2).square().sum()  # of x and x / 9 + 2
+    assert frechet_distance(x, x / 9 + 2) == pytest.approx(float(scaled), rel=1e-9)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+class Pixels(nn.Module):
+    """A network for torchmetrics: a few means of the pixels."""
+
+    num_features = 12
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
+
+
+@pytest.mark.parametrize("count", [60, 8])
+def test_torchmetrics_fid_agrees(count: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    real, fake = (torch.randint(high, (count, 3, 8, 8), generator=generator, dtype=torch.uint8) for high in (256, 200))
+    theirs = FrechetInceptionDistance(feature=Pixels()).set_dtype(torch.float64)
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    assert frechet_distance(Pixels()(real), Pixels()(fake)) == pytest.approx(theirs.compute().item(), rel=1e-6)
 
 
 def test_features_are_fixed_and_tell_videos_from_others() -> None:

@@ -92,6 +92,12 @@ def test_equal_to_numpy_over_all_latents(
     np.testing.assert_allclose(result["noise_share"], variance.mean(0) / std**2, rtol=1e-4)
     np.testing.assert_allclose(result["kl"], (mean**2 + variance - 1 - np.log(variance)).mean(0) / 2, rtol=1e-5)
     np.testing.assert_allclose(result["min"], mean.min(0), rtol=1e-5)
+    power = {"spectrum": result["spectrum"]["power"], "haar": list(result["haar"].values())}
+    for name, parts in power.items():  # frames of 2x3 latents: one column has no partner
+        square = (
+            (mean**2).mean(0) if name == "spectrum" else (mean.reshape(-1, 3, mean.shape[1])[:, :2] ** 2).mean((0, 1))
+        )
+        np.testing.assert_allclose(np.sum(parts, axis=0), square, rtol=1e-5)
     counts = {"videos": 4, "frames": 36 if frames else 9 + 9 + 13 + 9, "latents": len(mean), "rejected": 0}
     assert {key: result[key] for key in counts} == counts
     first, rest = result["first"], result["rest"]

@@ -17,8 +17,9 @@ from praxino.callbacks.ema import EMA
 from praxino.checkpoint import save_official_ckpt
 from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import draw, make_dataset
-from praxino.errors import CheckpointError, ConfigError, DataError, StorageError
+from praxino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from praxino.models.wfvae import WFVAE
+from praxino.tasks.common import measure
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.make_data import run as make_data
 from praxino.tasks.reconstruct import fitting_chunk, output_names, reconstruct
@@ -193,7 +194,7 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
     assert len(rows) == result["n"] == 6
     assert result["psnr"]["mean"] == pytest.approx(sum(float(row["psnr"]) for row in rows) / 6)
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert written["psnr"].keys() == {"mean", "std", "n"}
+    assert written["psnr"].keys() == {"mean", "std", "low", "high", "n"}
     assert written["protocol"]["frames"] == 5
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {row["path"] for row in rejected} == {"broken.mp4", "brief.mp4"}
@@ -204,7 +205,7 @@ def test_evaluate_writes_a_row_a_video(finished: Path, videos: Path, tmp_path: P
 
 
 def test_evaluate_demands_partners(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="without a partner"):
+    with pytest.raises(DataError, match=r"6 missing under fake .*; 2 under fake alone"):
         evaluate(out=str(tmp_path), real=str(videos / "train"), fake=str(videos / "val"))
     same = evaluate(out=str(tmp_path), real=str(videos / "val"), fake=str(videos / "val"))
     assert same["psnr"]["mean"] == 100
@@ -299,3 +300,12 @@ def test_group_norm_is_reconstructed_in_one_piece(videos: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"chunk=2: this model cannot stream: .* tile_frames=N"):
         reconstruct(**settings, chunk=2)
     assert reconstruct(**settings, limit=1)["frames"] == 5
+
+
+def test_what_is_not_finite_is_not_measured() -> None:
+    x = torch.zeros(1, 3, 2, 8, 16)
+    found = measure(x, x + 0.2)
+    assert found["psnr"].item() == pytest.approx(20, abs=1e-5)
+    assert found["ssim"].isnan().all()  # 8 pixels are fewer than its window has
+    with pytest.raises(NonFiniteError, match="what was decoded is not finite: use precision=32"):
+        measure(x, x / 0)

@@ -168,7 +168,7 @@ class VAEModule(StepModule):
                 self.adversary.observe(*logits)
             values |= {f"{JUDGE}{name}": value for name, value in judged.items()}
         if self.logs(turn):
-            values |= {"psnr": psnr(x, output.recon.detach()).mean()}
+            values |= {"psnr": psnr(x, output.recon.detach().clamp(-1, 1), check=False).mean()}
         return values
 
     def generator_loss(self, x: Tensor, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
@@ -209,12 +209,14 @@ class VAEModule(StepModule):
         for x, index in zip(videos.split(1), batch["index"].tolist(), strict=True):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, index))
             output = self.eval_net(x, sample=self.sample_posterior, generator=generator)
-            row = {"psnr": psnr(x, output.recon)[0], **self.loss(x, output), "latent_std": output.posterior.mean.std()}
+            recon = output.recon.clamp(-1, 1)  # as it is shown; unchecked, for what is not finite is to be logged
+            row = {"psnr": psnr(x, recon, check=False)[0], **self.loss(x, output)}
+            row["latent_std"] = output.posterior.mean.std()
             del row["nll"], row["rest"]
             if min(x.shape[-2:]) >= WINDOW:
-                row["ssim"] = ssim(x, output.recon)[0]
+                row["ssim"] = ssim(x, recon, check=False)[0]
             if self.val_lpips is not None and min(x.shape[-2:]) >= self.val_lpips.smallest:
-                row["lpips"] = self.val_lpips(x, output.recon).mean()
+                row["lpips"] = self.val_lpips(x, recon).mean()
             self._rows[index] = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist(), strict=True))
             recons.append(output.recon)
         return {"input": videos, "recon": torch.cat(recons)}

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WIDTHS = (12, 16, 24)
+
 
 class RandomFeatures(nn.Module):
     """Strided 3D convolutions drawn from a seed; mean and deviation of every channel over time and space.
@@ -18,8 +20,12 @@ class RandomFeatures(nn.Module):
         widths: channels of the convolutions; a video has `width`, twice as many features as there are channels.
     """
 
-    def __init__(self, widths: Sequence[int] = (12, 16, 24), seed: int = 0) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, seed: int = 0) -> None:
         super().__init__()
+        self.name, self.frames = "random", False  # a `Detector` of whole videos
+        self.fingerprint = (
+            f"random-{seed}" if tuple(widths) == WIDTHS else f"random-{seed}-{'-'.join(map(str, widths))}"
+        )
         generator = torch.Generator().manual_seed(seed)
         self.layers, self.width = nn.ModuleList(), 2 * sum(widths)
         for before, after in zip((3, *widths[:-1]), widths, strict=True):

@@ -1,7 +1,11 @@
 """The Frechet distance between two sets of features, each taken as a Gaussian."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from praxino.metrics.latents import double
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -10,28 +14,45 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: fewer than two samples in a set, or sets of different widths.
     """
-    return gaussian_distance(*fit(x), *fit(y))
+    (mean_x, root_x), (mean_y, root_y) = map(centre, (x, y))
+    roots = (r if len(r) <= r.shape[1] else root(r.T @ r) for r in (root_x, root_y))  # of few samples no (D, D) matrix
+    return distance(mean_x, next(roots), mean_y, next(roots))
 
 
 def fit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean `(D,)` and unbiased covariance `(D, D)` of features `(N, D)`, in float64."""
+    mean, centred = centre(x)
+    return mean, centred.T @ centred
+
+
+def centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean `(D,)`, and what is left of features `(N, D)` over the root of N - 1, in float64."""
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"features {tuple(x.shape)}: a covariance takes (N, D) with two samples or more.")
-    x = x.double()
+    x = double(x)
     mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - 1)
+    return mean, (x - mean) / math.sqrt(len(x) - 1)
 
 
 def gaussian_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
-    """Return |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x^1/2 C_y C_x^1/2)^1/2) (Dowson and Landau 1982).
+    """Return the distance of two Gaussians, means `(D,)` and covariances `(D, D)`, of any rank."""
+    return distance(mean_x, root(cov_x), mean_y, root(cov_y))
 
-    The trace of the root is the sum of the roots of the eigenvalues of a symmetric matrix: no root of a matrix that is
-    not symmetric is taken, which is what fails for few samples.
+
+def distance(mean_x: Tensor, root_x: Tensor, mean_y: Tensor, root_y: Tensor) -> float:
+    """Return |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^1/2) (Dowson and Landau 1982) for C = R^T R, R `(rank, D)`.
+
+    The trace of the root is the sum of the singular values of R_x R_y^T: no root is taken of a matrix that is not
+    symmetric, nor of eigenvalues that are 0 but for rounding, which is what fails or loses digits for few samples.
     """
     if mean_x.shape != mean_y.shape:
         raise ValueError(f"features of widths {len(mean_x)} and {len(mean_y)} cannot be compared.")
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
-    return float((mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross)
+    cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    return float((mean_x - mean_y).square().sum() + root_x.square().sum() + root_y.square().sum() - 2 * cross)
+
+
+def root(cov: Tensor) -> Tensor:
+    """Return R `(rank, D)` with R^T R = C, without the directions in which there is only rounding."""
+    values, vectors = torch.linalg.eigh(double(cov))
+    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    return (vectors[:, kept] * values[kept].sqrt()).T

@@ -1,80 +1,125 @@
-"""PSNR and SSIM of videos, frame by frame, as the WF-VAE papers report them."""
+"""PSNR, SSIM and MS-SSIM of every frame of a video, in float64, as the papers on video autoencoders report them.
+
+torchmetrics is not underneath: its PSNR pools the errors of all frames, and its SSIM counts the border, where the
+window reaches into a reflection of the frame. The latter is offered as `window="reflect"`.
+"""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from praxino.metrics.latents import double
+from praxino.metrics.similarity import WINDOW, similarity
+
 PSNR_CAP = 100.0  # dB of identical frames, where the formula gives infinity
-WINDOW, SIGMA = 11, 1.5
-C1, C2 = 0.01**2, 0.03**2
-BLOCK = 32  # outputs of one product with the banded window matrix
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, finest first
+LEAST = {"ssim": WINDOW, "ms_ssim": WINDOW * 2 ** (len(SCALES) - 1)}  # pixels of a frame's shorter side
+TOLERANCE = 1e-6  # how far rounding may carry a value beyond the range
+
+Window = Literal["valid", "reflect"]
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Return the PSNR of videos `(B, C, T, H, W)` in [-1, 1], `(B,)` in dB, float64: the mean over frames.
+def check_range(x: Tensor, name: str = "video") -> None:
+    """Raise ValueError unless every value lies in [-1, 1], but for rounding."""
+    low, high = torch.stack(torch.aminmax(x.detach())).tolist() if x.numel() else (0.0, 0.0)
+    if not (low >= -1 - TOLERANCE and high <= 1 + TOLERANCE):  # of NaN neither holds
+        raise ValueError(f"{name} holds values from {low:.6g} to {high:.6g}: use [-1, 1], and clamp a reconstruction.")
 
-    Data range 1 after mapping to [0, 1]; clamped, not rounded. A frame counts 100 dB at most, also an identical one.
+
+def check_pair(x: Tensor, y: Tensor, values: bool = True) -> None:
+    """Raise ValueError unless these are two videos `(B, C, T, H, W)` of one shape, with `values` in [-1, 1]."""
+    if x.shape != y.shape or x.ndim != 5:
+        raise ValueError(f"videos of {tuple(x.shape)} and {tuple(y.shape)} do not fit: use (B, C, T, H, W) twice.")
+    if values:
+        check_range(x, "the first video")
+        check_range(y, "the second video")
+
+
+def psnr(x: Tensor, y: Tensor, check: bool = True) -> Tensor:
+    """Return the mean over frames of `psnr_frames`, `(B,)`."""
+    return psnr_frames(x, y, check).mean(dim=1)
+
+
+def ssim(x: Tensor, y: Tensor, window: Window = "valid", check: bool = True) -> Tensor:
+    """Return the mean over frames of `ssim_frames`, `(B,)`."""
+    return ssim_frames(x, y, window, check).mean(dim=1)
+
+
+def psnr_frames(x: Tensor, y: Tensor, check: bool = True) -> Tensor:
+    """Return the PSNR of every frame of videos `(B, C, T, H, W)` in [-1, 1], `(B, T)` in dB, float64.
+
+    Data range 1 after mapping to [0, 1]; not rounded. A frame counts 100 dB at most, also an identical one.
+
+    Args:
+        check: of the range of the values; it makes the host wait for a GPU.
     """
-    x, y = _unit(x), _unit(y)
-    error = (x - y).square().mean(dim=(1, 3, 4))  # (B, T)
-    return (-10 * error.log10()).clamp(max=PSNR_CAP).mean(dim=1)
+    return to_decibel(mse_frames(x, y, check))
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Return the SSIM of videos `(B, C, T, H, W)` in [-1, 1], `(B,)`, float64: the mean over frames and colours.
+def to_decibel(mse: Tensor) -> Tensor:
+    """Return the PSNR of mean squared errors of values in [0, 1]."""
+    return (-10 * mse.log10()).clamp(max=PSNR_CAP)
 
-    Wang et al. 2004: Gaussian window 11x11, sigma 1.5, inside the frame only, population covariance, data range 1.
+
+def mse_frames(x: Tensor, y: Tensor, check: bool = True) -> Tensor:
+    """Return the mean squared error of every frame, of values mapped to [0, 1], `(B, T)`, float64."""
+    check_pair(x, y, check)
+    columns = []
+    for a, b in zip(x.unbind(2), y.unbind(2), strict=True):  # a frame at a time: its sum does not depend on the others
+        error = (double(a) - double(b)).flatten(1)  # (B, C H W)
+        columns.append(torch.linalg.vector_norm(error, dim=1).square() / (4 * error.shape[1]))
+    return torch.stack(columns, dim=1)
+
+
+def ssim_frames(x: Tensor, y: Tensor, window: Window = "valid", check: bool = True) -> Tensor:
+    """Return the SSIM of every frame of videos `(B, C, T, H, W)` in [-1, 1], `(B, T)`, float64: the mean over colours.
+
+    Wang et al. 2004: Gaussian window 11x11, sigma 1.5, population covariance, data range 1.
+
+    Args:
+        window: valid: inside the frame only; reflect: also round its border, beyond which the frame is mirrored.
+        check: of the range of the values; it makes the host wait for a GPU.
 
     Raises:
         ValueError: frames smaller than the window.
     """
-    if min(x.shape[-2:]) < WINDOW:
+    check_pair(x, y, check)
+    check_size(x, "ssim")
+    a, b = (_padded(v.flatten(0, 2), window) for v in (x, y))  # (B C T, H, W)
+    return similarity(a, b).view(x.shape[:3]).mean(dim=1)
+
+
+def ms_ssim_frames(x: Tensor, y: Tensor, window: Window = "valid", check: bool = True) -> Tensor:
+    """Return the multi-scale SSIM of every frame, `(B, T)`, float64: the mean over colours.
+
+    Wang et al. 2003: five scales, each half of the one before by means of 2x2 pixels; a colour whose structure is
+    opposite at a scale counts 0. `window` is that of the coarsest scale, where alone the border may count.
+
+    Raises:
+        ValueError: frames smaller than the window at the coarsest scale.
+    """
+    check_pair(x, y, check)
+    check_size(x, "ms_ssim")
+    a, b = (double(v).flatten(0, 2) for v in (x, y))  # (B C T, H, W)
+    product = a.new_ones(len(a))
+    for exponent in SCALES[:-1]:
+        product *= similarity(a, b, luminance=False).clamp(min=0) ** exponent
+        a, b = (F.avg_pool2d(v[:, None], 2)[:, 0] for v in (a, b))
+    product *= similarity(_padded(a, window), _padded(b, window)).clamp(min=0) ** SCALES[-1]
+    return product.view(x.shape[:3]).mean(dim=1)
+
+
+def _padded(x: Tensor, window: Window) -> Tensor:
+    """Mirror planes `(N, H, W)` beyond their border where the window is to be centred there, too."""
+    return x if window == "valid" else F.pad(x[:, None], (WINDOW // 2,) * 4, mode="reflect")[:, 0]
+
+
+def check_size(x: Tensor, metric: str) -> None:
+    """Raise ValueError where frames are smaller than the window of a metric."""
+    if min(x.shape[-2:]) < LEAST[metric]:
         raise ValueError(
-            f"frames of {x.shape[-2]}x{x.shape[-1]} are smaller than the {WINDOW}x{WINDOW} window of SSIM: "
-            "use larger frames."
+            f"frames of {x.shape[-2]}x{x.shape[-1]} are smaller than the window of {metric}: "
+            f"use {LEAST[metric]} pixels or more."
         )
-    batch = x.shape[0]
-    frames = max(1, 2**20 // (x.shape[1] * x.shape[-2] * x.shape[-1]))  # at a time: memory stays flat
-    pairs = zip(
-        x.transpose(1, 2).flatten(0, 1).split(frames), y.transpose(1, 2).flatten(0, 1).split(frames), strict=True
-    )
-    return torch.cat([_ssim_frames(_unit(a), _unit(b)) for a, b in pairs]).view(batch, -1).mean(dim=1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Map [-1, 1] to [0, 1] in float64, which Apple's GPUs do not have."""
-    x = x.cpu() if x.device.type == "mps" else x
-    return x.double().clamp(-1, 1).add(1).div(2)
-
-
-def _ssim_frames(x: Tensor, y: Tensor) -> Tensor:
-    """Return the SSIM of frames `(N, C, H, W)` in [0, 1], `(N,)`."""
-    mx, my, squares, product = _blur(torch.stack([x, y, x * x + y * y, x * y]))
-    means = mx * mx + my * my
-    luminance = (2 * mx * my + C1) / (means + C1)
-    structure = (2 * (product - mx * my) + C2) / (squares - means + C2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
-
-
-def _blur(x: Tensor) -> Tensor:
-    """Filter the last two axes with the window, without padding."""
-    return _blur_last(_blur_last(x).transpose(-1, -2)).transpose(-1, -2)
-
-
-def _blur_last(x: Tensor) -> Tensor:
-    """Filter the last axis as products with one banded matrix: blocks of outputs, much faster than a convolution."""
-    size = x.shape[-1] - WINDOW + 1
-    blocks = -(-size // BLOCK)
-    x = F.pad(x, (0, blocks * BLOCK - size)).unfold(-1, BLOCK + WINDOW - 1, BLOCK)  # (..., blocks, BLOCK + 10)
-    return (x @ _band(x.device)).flatten(-2)[..., :size]
-
-
-def _band(device: torch.device) -> Tensor:
-    """Return the window as a matrix `(BLOCK + 10, BLOCK)`, one shifted window a column."""
-    window = torch.exp(
-        -torch.linspace(-(WINDOW // 2), WINDOW // 2, WINDOW, dtype=torch.float64).square() / (2 * SIGMA**2)
-    )
-    band = torch.zeros(BLOCK + WINDOW - 1, BLOCK, dtype=torch.float64)
-    for column in range(BLOCK):
-        band[column : column + WINDOW, column] = window / window.sum()
-    return band.to(device)

@@ -1,5 +1,7 @@
 """What the tasks share: the run directory, the device, tables, and rows on disk."""
 
+import csv
+import io
 import json
 import logging
 import math
@@ -7,7 +9,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,15 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from praxino.config import redacted
-from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
-from praxino.data.usable import find_usable
-from praxino.data.videos import VideoClips, collate
-from praxino.errors import ConfigError, StorageError
-from praxino.metrics.image import WINDOW, psnr, ssim
+from praxino.errors import ConfigError, NonFiniteError, StorageError
+from praxino.metrics.suite import PairSuite
 from praxino.models.vae import VideoVAE, check_clip
 
 __all__ = ["check_clip"]
@@ -158,27 +156,12 @@ def make_resize(size: Size) -> Resize:
         raise ConfigError(str(error)) from error
 
 
-def load_clips(
-    root: str,
-    clips: ClipSampler,
-    resize: Resize,
-    limit: int | None,
-    batch: int,
-    workers: int,
-    cache_dir: str | None,
-    rejected: list[dict[str, Any]],
-) -> DataLoader:
-    """Load one clip of each video under `root`; list in `rejected` what cannot be opened or is too short."""
-    usable = find_usable(root, clips, cache_dir=cache_dir)
-    rejected += [rejection.to_json() for rejection in usable.rejected]
-    dataset = VideoClips(root, usable.entries[:limit], clips, resize, tries=0)
-    return DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate)
-
-
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return psnr and ssim of videos `(B, C, T, H, W)`, `(B,)`; ssim is NaN where its window does not fit."""
-    fits = min(x.shape[-2:]) >= WINDOW
-    return {"psnr": (scores := psnr(x, y)), "ssim": ssim(x, y) if fits else torch.full_like(scores, math.nan)}
+    if not y.isfinite().all():
+        raise NonFiniteError("what was decoded is not finite: use precision=32, or another VAE")
+    scores = PairSuite(("psnr", "ssim")).score(x, y)
+    return {name: scores[name] for name in ("psnr", "ssim")}
 
 
 def check_chunk(net: VideoVAE, chunk: int | None, remedy: str = "") -> None:
@@ -208,6 +191,15 @@ def write_atomic(path: Path, text: str) -> None:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, in ASCII, so that any file name can be written."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, a column a key."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 def show_table(title: str, rows: Iterable[tuple[Any, ...]], columns: Iterable[str]) -> None:

@@ -1,92 +1,338 @@
-"""Compare two sets of videos that have no partners, such as samples with real ones."""
+"""Compare sets of videos by the Frechet distance of features: of reconstructions, and of sets without partners."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from praxino.data.clips import ClipSampler
-from praxino.data.transforms import Resize
-from praxino.errors import DataError
+from praxino.checkpoint import replace
+from praxino.data.scan import Entry, fingerprint
+from praxino.errors import ConfigError, DataError
+from praxino.metrics.detector import LEAST_FRAMES, Detector, TorchScriptDetector
 from praxino.metrics.features import RandomFeatures
-from praxino.metrics.frechet import frechet_distance
-from praxino.tasks.common import load_clips, show_table, versions, write_atomic, write_jsonl
+from praxino.metrics.frechet import fit, frechet_distance, gaussian_distance
+from praxino.tasks.common import write_jsonl
+from praxino.tasks.ranks import Ranks
+from praxino.tasks.score import Reading, Row
 from praxino.video import to_float
+from praxino.video.index import default_index_dir
+
+RANDOM = "of a convolutional network with random weights, seed 0"
+Features = dict[int, Tensor]  # (n, D) by the place of a video: a clip has one, or each of its frames
 
 
+@dataclass(frozen=True)
+class Fvd:
+    """The Frechet distance of clips.
+
+    Args:
+        detector: a TorchScript file, such as StyleGAN-V's I3D; None: no distance.
+        sha256: of the file, or its first digits.
+        size: resize frames first; None: as the clips are (I3D and Inception resize on their own).
+        frames: of a clip, its first ones at `stride`; None: all.
+        per_batch: the mean of the distances within each batch, too, as published tables hold it: it is no distance of
+            sets, and without the covariances where a batch is one clip.
+    """
+
+    detector: str | None = None
+    sha256: str | None = None
+    kind: Literal["i3d", "plain"] = "i3d"
+    size: int | list[int] | None = None
+    frames: int | None = None
+    stride: int = 1
+    per_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Fid:
+    """The Frechet distance of frames, every `stride`-th."""
+
+    detector: str | None = None
+    sha256: str | None = None
+    kind: Literal["inception", "plain"] = "inception"
+    size: int | list[int] | None = None
+    stride: int = 1
+
+
+class SetDistance:
+    """Collects the features of originals and reconstructions while they are scored, as a `Watcher`.
+
+    `known` are the statistics of the originals that an earlier run left in `place`.
+    """
+
+    def __init__(self, name: str, settings: Fvd | Fid, detector: Detector) -> None:
+        self.name, self.settings, self.detector = name, settings, detector
+        self.single = isinstance(settings, Fid)  # frame by frame
+        self.frames = settings.frames if isinstance(settings, Fvd) else None
+        self.known: Gaussian | None = None
+        self.place: Path | None = None
+        self.real, self.fake = Features(), Features()
+
+    def begin(self, places: Sequence[int], fps: Sequence[float]) -> None:
+        self.places, self.seen, self.held = places, 0, list[list[Tensor]]()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take the frames that count; features of frames are taken at once, those of clips at the end."""
+        numbers = torch.arange(self.seen, self.seen + x.shape[2], device=x.device)
+        self.seen += x.shape[2]
+        stride = self.settings.stride
+        wanted = numbers % stride == 0
+        if self.frames is not None:
+            wanted &= numbers < self.frames * stride
+        if wanted.any():
+            videos = [y[:, :, wanted]] if self.known else [y[:, :, wanted], x[:, :, wanted]]
+            self.held.append([self.detect(video) if self.single else video for video in videos])
+
+    def end(self, rows: Sequence[Row]) -> None:
+        """Write down the features; a video that is too short for a clip has none."""
+        if self.frames is not None and (self.seen - 1) // self.settings.stride + 1 < self.frames:
+            return
+        for found, pieces in zip((self.fake, self.real), zip(*self.held, strict=True), strict=False):
+            features = torch.cat(pieces, dim=1) if self.single else self.detect(torch.cat(pieces, dim=2))
+            found |= dict(zip(self.places, features, strict=True))
+
+    def collect(self, found: Features, places: Sequence[int], video: Tensor) -> None:
+        """Add the features of clips that are read at once."""
+        video = video[:, :, :: self.settings.stride][:, :, : self.frames]
+        if video.shape[2] == (self.frames or video.shape[2]):
+            found |= dict(zip(places, self.detect(video), strict=True))
+
+    def detect(self, video: Tensor) -> Tensor:
+        """Return the features `(B, n, D)` of videos."""
+        batch = len(video)
+        if self.single and not self.detector.frames:
+            video = video.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B t, 3, 1, H, W)
+        return self.detector(video).unflatten(0, (batch, -1)).float().cpu()
+
+    def protocol(self) -> Row:
+        """Return what the distance depends on, but for the clips."""
+        return asdict(self.settings) | {"detector": self.detector.name, "sha256": self.detector.fingerprint}
+
+    def distance(self, real: "Gaussian", fake: Features, batches: Sequence[Sequence[int]], reals: Features) -> Row:
+        """Return the distance from the real set, with the number of features, and the mean over batches if asked."""
+        found = Gaussian.of(fake)
+        unit = "frames" if self.single else "clips"
+        value = gaussian_distance(real.mean, real.covariance, found.mean, found.covariance)
+        note = f"{found.count} {unit} against {real.count} real ones, features of {self.detector.name}"
+        result: Row = {self.name: {"value": value, "note": note, "n": found.count, "n_real": real.count}}
+        if isinstance(self.settings, Fvd) and self.settings.per_batch and reals:
+            parts = [[place for place in batch if place in fake] for batch in batches]
+            scores = [within(stack(reals, part), stack(fake, part)) for part in parts if part]
+            note = f"mean over {len(scores)} batches: to reproduce published columns, no distance of sets"
+            result[f"{self.name}_per_batch"] = {"value": sum(scores) / len(scores), "note": note}
+        return result
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean `(D,)` and covariance `(D, D)` of so many features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, features: Features) -> "Gaussian":
+        """Fit the features of a set."""
+        if (count := sum(map(len, features.values()))) < 2:
+            raise DataError(f"{count} features are no set: give two clips or more, as long as fvd.frames at fvd.stride")
+        mean, covariance = fit(stack(features, sorted(features)))
+        return cls(mean, covariance, count)
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
+        replace(path, lambda temporary: save_file(content, temporary))
+
+    @classmethod
+    def load(cls, path: Path) -> "Gaussian | None":
+        """Read it, if it is there and whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                mean, covariance, count = (file.get_tensor(key) for key in ("mean", "covariance", "count"))
+        except (OSError, SafetensorError):
+            return None
+        return cls(mean, covariance, int(count))
+
+
+def within(real: Tensor, fake: Tensor) -> float:
+    """Return the distance of the features of one batch, of one clip each the squared distance of the two."""
+    if len(real) > 1:
+        return frechet_distance(real, fake)
+    return float((real.double() - fake.double()).square().sum())
+
+
+def stack(features: Features, places: Sequence[int]) -> Tensor:
+    """Return features `(N, D)` in the order of the places."""
+    return torch.cat([features[place] for place in places])
+
+
+def open_distances(fvd: Fvd, fid: Fid, frames: int | None, device: torch.device) -> list[SetDistance]:
+    """Load the detectors that are given, for clips of so many frames; None: whole videos."""
+    if fvd.detector and frames is None and fvd.frames is None:
+        raise ConfigError(
+            "fvd.frames: whole videos differ in length: say how many frames a clip has, e.g. fvd.frames=16"
+        )
+    found = []
+    count = fvd.frames or -(-(frames or 1) // fvd.stride)
+    if fvd.detector and count < LEAST_FRAMES[fvd.kind]:
+        least = LEAST_FRAMES[fvd.kind]
+        raise ConfigError(f"fvd: {fvd.kind} takes clips of {least} frames or more, not {count}: use frames=17")
+    both: tuple[tuple[str, Fvd | Fid], ...] = ("fvd", fvd), ("fid", fid)
+    for name, settings in both:
+        if settings.detector:
+            sides = [settings.size] * 2 if isinstance(settings.size, int) else settings.size
+            size = None if sides is None else (sides[0], sides[1])
+            detector = TorchScriptDetector(settings.detector, settings.sha256, settings.kind, size, device)
+            found.append(SetDistance(name, settings, detector))
+    return found
+
+
+def known_statistics(
+    distances: Sequence[SetDistance], root: str, entries: Sequence[Entry], reading: Reading, ranks: Ranks
+) -> None:
+    """Look for the statistics of a real set: a file for each protocol, detector and state of the files."""
+    folder = default_index_dir().parent if reading.cache_dir is None else Path(reading.cache_dir).expanduser()
+    for distance in distances:
+        facts = [reading.protocol(), distance.protocol(), fingerprint(entries), str(Path(root).absolute())]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        distance.place = folder / "statistics" / f"{key}.safetensors"
+        if not (isinstance(distance.settings, Fvd) and distance.settings.per_batch):  # which needs the features
+            distance.known = ranks.on_first(lambda place=distance.place: Gaussian.load(place))  # type: ignore[misc]
+
+
+def settle(distance: SetDistance, batches: Sequence[Sequence[int]], ranks: Ranks) -> Row:
+    """Put the features of all processes together and return the distance; keep the statistics of the real set."""
+    parts = ranks.on_all(lambda: (distance.real, distance.fake))
+    real, fake = ({place: f for part in parts for place, f in part[side].items()} for side in (0, 1))
+
+    def finish() -> Row:
+        statistics = distance.known or Gaussian.of(real)
+        whole = len(real) == len(fake) == sum(map(len, batches)) or not batches
+        if distance.place and whole and not distance.known:  # not of those alone that this model takes
+            statistics.save(distance.place)
+        return distance.distance(statistics, fake, batches, real)
+
+    return ranks.on_first(finish)
+
+
+# ----------------------------------------------------------------------------------------------------- without partners
 def compare_sets(
-    real: str,
-    fake: str,
-    target: Path,
-    clips: ClipSampler,
-    resize: Resize,
-    limit: int | None,
-    batch: int,
-    workers: int,
-    cache_dir: str | None,
-) -> dict[str, Any]:
-    """Measure the Frechet distance of random features between the videos under `real` and under `fake`.
+    real: str, fake: str, reading: Reading, distances: Sequence[SetDistance], target: Path, ranks: Ranks
+) -> tuple[Row, list[Row], dict[str, list[Entry]]]:
+    """Measure how far the videos under `fake` are from those under `real`, by a clip of each.
 
-    The real videos are halved, every other one. Floor: the distance between the halves. Distance: the mean of those
-    from `fake` to either half. Ceiling: the same for noise in place of `fake`, normal in each pixel with mean and
-    deviation of each colour of the real videos. All sets are of one size, for the distance depends on it.
+    Without a detector, by random features. The real videos are halved, every other one. Floor: the distance between
+    the halves. Distance: the mean of those from `fake` to either half. Ceiling: the same for noise in place of `fake`,
+    normal in each pixel with mean and deviation of each colour of the real videos. All sets are of one size, for the
+    distance depends on it.
 
     Returns:
-        the content of metrics.json: distance, floor, ceiling, position (0 at the floor, 1 at the ceiling), n of a set.
+        the figures, what was passed over, and the videos of both trees.
     """
-    rejected: list[dict[str, Any]] = []
+    usable = {root: ranks.on_first(lambda root=root: reading.find(root)) for root in (real, fake)}  # type: ignore[misc]
+    entries = {root: found.entries for root, found in usable.items()}
+    rejected = [rejection.to_json() for found in usable.values() for rejection in found.rejected]
 
-    def load(folder: str) -> Iterator[Tensor]:
-        return batches(load_clips(folder, clips, resize, limit, batch, workers, cache_dir, rejected), rejected)
+    def videos(root: str) -> Iterator[tuple[list[int], Tensor]]:
+        loader = reading.load(root, entries[root], slice(ranks.rank, None, ranks.world))
+        return load(loader, failed)
 
-    net = RandomFeatures()
-    found, colours, shape = survey(load(real), net)
-    others, _, _ = survey(load(fake), net)
-    write_jsonl(target / "rejected.jsonl", rejected)
-    n = min(len(found) // 2, len(others))
-    if n < 2:
-        counts = f"{len(found)} clips under {real} and {len(others)} under {fake}"
-        raise DataError(f"{counts}: 4 real ones and 2 others are the least; see {target / 'rejected.jsonl'}")
-    halves, samples = [spread(found[0::2], n), spread(found[1::2], n)], spread(others, n)
-    noise, _, _ = survey(draw_noise(n, batch, colours, shape), net)
-    floor = frechet_distance(*halves)
-    distance, ceiling = (sum(frechet_distance(half, other) for half in halves) / 2 for other in (samples, noise))
-    result: dict[str, Any] = {"distance": distance, "floor": floor, "ceiling": ceiling}
-    result |= {"position": (distance - floor) / (ceiling - floor), "n": n, "rejected": len(rejected)}
-    protocol = {"real": real, "fake": fake, "frames": clips.frames, "stride": clips.stride, "size": resize.size}
-    protocol |= {"features": f"{found.shape[1]} of a convolutional network with random weights, seed 0"}
-    result |= {"protocol": protocol, "versions": versions()}
-    write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
-    rows = [("real against real", floor, 0.0), ("fake", distance, result["position"]), ("noise", ceiling, 1.0)]
-    show_table(f"{n} clips a set; see {target / 'metrics.json'}", rows, ("set", "Frechet distance", "position"))
-    return result
+    failed: list[Row] = []
+    if not distances:
+        result = ranks.on_all(lambda: (survey(videos(real)), survey(videos(fake)), failed))
+        reals, fakes, lists = zip(*result, strict=True)
+        rejected += [row for rows in lists for row in rows]
+        ranks.on_first(lambda: write_jsonl(target / "rejected.jsonl", rejected))
+        counts = f"clips under {real}", f"under {fake}: 4 real ones and 2 others are the least; see {target}"
+        values = ranks.on_first(lambda: place_between(merge(reals), merge(fakes), reading.batch, counts))
+        return values, rejected, entries
+    known_statistics(distances, real, entries[real], reading, ranks)
+
+    @torch.inference_mode()
+    def work() -> list[Row]:
+        fresh = [distance for distance in distances if not distance.known]
+        for places, x in videos(fake):
+            for distance in distances:
+                distance.collect(distance.fake, places, x.to(ranks.device))
+        for places, x in videos(real) if fresh else ():
+            for distance in fresh:
+                distance.collect(distance.real, places, x.to(ranks.device))
+        return failed
+
+    rejected += [row for part in ranks.on_all(work) for row in part]
+    ranks.on_first(lambda: write_jsonl(target / "rejected.jsonl", rejected))
+    values = {}
+    for distance in distances:
+        values |= settle(distance, (), ranks)
+    return values, rejected, entries
 
 
-def batches(loader: DataLoader, rejected: list[dict[str, Any]]) -> Iterator[Tensor]:
-    """Yield videos `(B, 3, T, H, W)`; list those that cannot be read."""
+def load(loader: DataLoader, failed: list[Row]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield places and videos `(B, 3, T, H, W)`; list those that cannot be read."""
     for clips in loader:
-        rejected += [failure.to_json() for failure in clips["failures"]]
+        failed += [failure.to_json() for failure in clips["failures"]]
         if "error" in clips:
             raise DataError(clips["error"])
         if "video" in clips:
-            yield to_float(clips["video"])
+            yield clips["index"].tolist(), to_float(clips["video"])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Random features of a set, by place, the sums of its colours and of their squares, and the shape of a clip."""
+
+    features: Features
+    sums: dict[int, Tensor]  # (3, 2) by the first place of a batch
+    pixels: int  # of each colour
+    shape: tuple[int, ...]
 
 
 @torch.inference_mode()
-def survey(videos: Iterable[Tensor], net: RandomFeatures) -> tuple[Tensor, Tensor, torch.Size]:
-    """Return the features `(N, D)` of videos, mean and deviation of their colours `(2, 3)`, and the shape of one."""
-    features, sums, count, shape = [torch.empty(0, net.width)], torch.zeros(2, 3, dtype=torch.float64), 0, torch.Size()
-    for x in videos:
-        features.append(net(x))
+def survey(videos: Iterable[tuple[list[int], Tensor]]) -> Survey:
+    """Look at a set of clips."""
+    net, features, sums, pixels, shape = RandomFeatures(), Features(), dict[int, Tensor](), 0, tuple[int, ...]()
+    for places, x in videos:
+        features |= dict(zip(places, net(x)[:, None], strict=True))
         values = x.double().transpose(0, 1).flatten(1)  # (3, B T H W)
-        sums += torch.stack([values.sum(1), values.square().sum(1)])
-        count, shape = count + values.shape[1], x.shape[1:]
-    mean, square = sums / max(1, count)
-    return torch.cat(features), torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()]), shape
+        sums[places[0]] = torch.stack([values.sum(1), values.square().sum(1)], dim=1)
+        pixels, shape = pixels + values.shape[1], tuple(x.shape[1:])
+    return Survey(features, sums, pixels, shape)
+
+
+def merge(surveys: Iterable[Survey]) -> Survey:
+    """Put the surveys of several processes together."""
+    found = list(surveys)
+    features = {place: row for part in found for place, row in part.features.items()}
+    sums = {place: row for part in found for place, row in part.sums.items()}
+    return Survey(features, sums, sum(part.pixels for part in found), max(part.shape for part in found))
+
+
+@torch.inference_mode()
+def place_between(real: Survey, fake: Survey, batch: int, counts: tuple[str, str]) -> Row:
+    """Return distance, floor, ceiling, position (0 at the floor, 1 at the ceiling), and n of a set."""
+    n = min(len(real.features) // 2, len(fake.features))
+    if n < 2:
+        raise DataError(f"{len(real.features)} {counts[0]} and {len(fake.features)} {counts[1]}")
+    found, others = (stack(part.features, sorted(part.features)) for part in (real, fake))
+    halves, samples = [spread(found[0::2], n), spread(found[1::2], n)], spread(others, n)
+    mean, square = torch.stack([real.sums[place] for place in sorted(real.sums)]).sum(0).T / real.pixels
+    colours = torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()])
+    net = RandomFeatures()
+    noise = torch.cat([net(x) for x in draw_noise(n, batch, colours, real.shape)])
+    floor = frechet_distance(*halves)
+    distance, ceiling = (sum(frechet_distance(half, other) for half in halves) / 2 for other in (samples, noise))
+    position = (distance - floor) / (ceiling - floor)
+    return {"distance": distance, "floor": floor, "ceiling": ceiling, "position": position, "n": n}
 
 
 def spread(features: Tensor, count: int) -> Tensor:
@@ -94,7 +340,7 @@ def spread(features: Tensor, count: int) -> Tensor:
     return features[torch.linspace(0, len(features) - 1, count).round().long()]
 
 
-def draw_noise(count: int, batch: int, colours: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+def draw_noise(count: int, batch: int, colours: Tensor, shape: Sequence[int]) -> Iterator[Tensor]:
     """Yield clips of noise of given colours, `(B, 3, T, H, W)`."""
     generator = torch.Generator().manual_seed(0)
     mean, std = colours.float().view(2, 3, 1, 1, 1)

@@ -22,9 +22,7 @@ from praxino.data.usable import Usable, find_usable
 from praxino.errors import ConfigError, DataError, PraxinoError
 from praxino.models.vae import VideoVAE, check_clip
 from praxino.tasks.common import (
-    load_clips,
     make_directory,
-    make_resize,
     measure,
     pick_device,
     show_table,
@@ -35,6 +33,7 @@ from praxino.tasks.common import (
 from praxino.tasks.doctor_check import Check, Colour
 from praxino.tasks.doctor_dit import check_latent_training
 from praxino.tasks.params import Kept
+from praxino.tasks.score import Reading
 from praxino.video import to_float
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,8 @@ def doctor(
     sampler = ClipSampler(frames, stride, short="drop", where="start")
     checks = list(check_data(data["root"], sampler, size, cache_dir))
     if model is not None and not any(check.colour == "red" for check in checks):
-        loader = load_clips(data["root"], sampler, make_resize(size), clips, 1, 0, cache_dir, [])
+        reading = Reading(frames, stride, size=size, limit=clips, cache_dir=cache_dir)
+        loader = reading.load(data["root"], reading.find(data["root"]).entries)
         videos = [to_float(batch["video"]).to(chosen) for batch in loader if "video" in batch]
         checks += check_vae(model, torch.cat(videos)) if videos else [Check("clips", 0, "red", "no clip can be read")]
     found = [without_nan(asdict(check)) for check in checks]

@@ -1,49 +1,39 @@
-"""Evaluate: PSNR and SSIM of a VAE's reconstructions, or between two folders of videos, one row a video."""
+"""Evaluate: of a VAE the reconstructions, of two trees or sets of videos the likeness, of a denoiser what it makes.
 
-import csv
-import io
-import json
-import logging
-import os
-import statistics
+One row a video, the protocol beside every number, and a page to look at.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from praxino import checkpoint
 from praxino.config import check_call
-from praxino.data.clips import ClipSampler, Short
+from praxino.data.clips import Short, Where
 from praxino.data.transforms import Size
-from praxino.data.usable import find_usable
-from praxino.errors import ConfigError, DataError
-from praxino.models.vae import VideoVAE
+from praxino.errors import ConfigError
+from praxino.metrics.image import Window
+from praxino.tasks import imagined
 from praxino.tasks.common import (
     Precision,
     at_least,
     check_clip,
-    load_clips,
     make_directory,
     make_resize,
-    measure,
     pick_device,
     precision_context,
-    show_table,
-    versions,
-    without_nan,
-    write_atomic,
-    write_jsonl,
 )
-from praxino.tasks.compare import compare_sets
-from praxino.video import DecodeFailure, Video, to_float
+from praxino.tasks.compare import RANDOM, compare_sets, known_statistics, settle
+from praxino.tasks.pairs import check_pairs, find_pairs, read_tree
+from praxino.tasks.ranks import Ranks, launch
+from praxino.tasks.report import Clip
+from praxino.tasks.score import Reading, Row, Scores, Watcher, score_pairs, score_vae, score_whole
+from praxino.tasks.shown import Pictures, thumbnails
+from praxino.tasks.verdict import Judge, Outcome, changes, mean_curves
 
-log = logging.getLogger(__name__)
-
-METRICS = ("psnr", "ssim")
-Row = dict[str, Any]
-Rejected = list[dict[str, Any]]
+Mode = Literal["reconstruction", "trees", "sets", "samples", "predictions"]
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -58,164 +48,224 @@ def evaluate(
     real: str | None = None,
     fake: str | None = None,
     paired: bool = True,
-    frames: int = 17,
+    unpaired: Literal["error", "skip"] = "error",
+    ckpt: str | None = None,
+    input: str | None = None,
+    context: int = 5,
+    n: int = 64,
+    generate: dict[str, Any] | None = None,
+    protocol: str | None = None,
+    metrics: list[str] | tuple[str, ...] = ("psnr", "ssim", "difference", "flicker"),
+    window: Window = "valid",
+    lpips: dict[str, Any] | None = None,
+    fvd: dict[str, Any] | None = None,
+    fid: dict[str, Any] | None = None,
+    frames: int | None = 17,
     stride: int = 1,
+    fps: float | None = None,
     size: Size = 64,
     short: Short = "drop",
+    where: Where = "start",
+    seed: int = 0,
     limit: int | None = None,
     batch: int = 1,
     workers: int = 2,
     weights: Literal["ema", "raw"] = "ema",
+    report: bool = True,
+    shown: int = 4,
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: Precision = "32",
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a VAE on `data.root`, in memory, or the videos under `fake` against their namesakes under `real`.
+    """Measure a VAE, two trees, two sets or a denoiser; write a row a video, a summary and a page.
 
-    With a VAE, a clip is the first `frames` frames at `stride` of each video, resized and centre-cropped to `size`; the
-    decoded posterior mean is clamped to [-1, 1] and not rounded. Two folders are compared as their files decode, all
-    frames at their own size. A score of a video is the mean over its frames.
+    * `vae data.root`: reconstructions in memory, by the posterior's mode, clamped to [-1, 1] and not rounded.
+    * `real fake`: the videos of two trees against their namesakes, all frames as they decode, at their own size.
+    * `real fake paired=false`: two sets, by a clip of each video (`praxino.tasks.compare.compare_sets`).
+    * `ckpt real`: the same for `n` samples, which are written to `out/samples`.
+    * `ckpt input`: predictions after `context` frames against what came, which are written to `out/predictions`.
+
+    What is generated has the frames and size of the training, and real videos are read likewise; `generate` holds
+    further settings of praxino-sample and praxino-predict.
 
     Args:
-        paired: false: `fake` are videos of their own, such as samples, and `compare_sets` measures how like they are to
-            those under `real`, by a clip of each.
+        unpaired: what becomes of videos without a partner of their length and size: error, or skip, which lists them.
+        protocol: a file of conf/protocol, whose settings these are: it is named, with those that were changed.
+        metrics: of pairs: psnr, ssim, ms_ssim, difference, flicker, lpips.
+        window: of SSIM: valid, as in the literature, or reflect, as torchmetrics has it.
+        lpips: net, weights, sha256, spatial: see `praxino.losses.perceptual.LPIPS`.
+        fvd, fid: see `praxino.tasks.compare.Fvd` and `Fid`; they are measured where a detector is given.
+        frames, stride, fps, size, short, where, seed, limit: the clips, see `praxino.tasks.score.Reading`. A VAE is
+            measured on whole videos with frames=null, at their own size with size=null, in memory that does not grow.
+        report: write report.html, with `shown` of the worst, the best and other videos.
+        devices, num_nodes: processes, which share the batches; the numbers do not depend on them.
 
     Returns:
-        the content of metrics.json: n, mean and std over the videos of each metric, protocol, versions.
+        the content of metrics.json: mean, std, low, high (a 95 % bootstrap interval over videos) and n of each metric;
+        figures of the whole set; n, rejected, protocol, versions.
     """
-    at_least(1, frames=frames, stride=stride, limit=limit, batch=batch)
-    at_least(0, workers=workers)
-    resize = make_resize(size)
-    if size is None and batch > 1:
+    protocols = changes(protocol, locals())
+    at_least(1, frames=frames, stride=stride, limit=limit, batch=batch, context=context, n=n)
+    at_least(1, devices=devices, num_nodes=num_nodes)
+    at_least(0, workers=workers, shown=shown)
+    root = data["root"] if data else None
+    mode = mode_of(paired, vae=vae, root=root, real=real, fake=fake, ckpt=ckpt, input=input)
+    if size is None and batch > 1 and mode in ("reconstruction", "sets"):
         raise ConfigError("size=null keeps the size of every video: use batch=1")
-    target, root = make_directory(out), data["root"] if data else None
-    if not paired:
-        if not (real and fake) or vae or root:
-            raise ConfigError(
-                "paired=false compares two folders: give real=DIR fake=DIR, and neither vae nor data.root"
-            )
-        clips = ClipSampler(frames, stride, short=short, where="start")
-        return compare_sets(real, fake, target, clips, resize, limit, batch, workers, cache_dir)
-    rejected: Rejected = []
-    if vae and root and not (real or fake):
-        chosen = pick_device(device)
-        model = checkpoint.load(vae, weights=weights, device=chosen)
-        check_clip(model, frames, size)
-        clips = ClipSampler(frames, stride, short=short, where="start")
-        loader = load_clips(root, clips, resize, limit, batch, workers, cache_dir, rejected)
-        with precision_context(chosen, precision):
-            rows = score_reconstructions(model, loader, chosen, rejected)
-        protocol: Row = {"vae": vae, "root": root, "frames": frames, "stride": stride, "size": size, "short": short}
-        protocol |= {"weights": weights, "precision": precision, "latent": "posterior mean"}
-    elif real and fake and not (vae or root):
-        rows = score_folders(Path(real), Path(fake), limit, cache_dir, rejected)
-        protocol = {"real": real, "fake": fake, "frames": "all", "size": "as stored"}
-    else:
-        raise ConfigError("nothing to compare: give vae=PATH data.root=DIR, or real=DIR fake=DIR")
-    write_jsonl(target / "rejected.jsonl", rejected)
-    if not rows:
-        raise DataError(f"no video could be measured: see {target / 'rejected.jsonl'}")
+    if fps is not None and (frames is None or stride > 1):
+        raise ConfigError(f"fps={fps:g} chooses frames by time: use frames=N and stride=1 with it")
+    if frames is None and mode == "sets":
+        raise ConfigError("frames=null: sets are compared by clips of one length, e.g. frames=17")
+    make_resize(size)
+    reading = Reading(frames, stride, fps, size, short, where, seed, limit, batch, workers, cache_dir)
+    judge, target = Judge.of(metrics, window, lpips, fvd, fid), make_directory(out)
+    outcome = Outcome(target, report, shown if report else 0, protocols)
+    if mode in ("samples", "predictions"):
+        common = {"ckpt": ckpt, "seed": seed, "weights": weights, "precision": precision, "device": device}
+        common |= {"devices": devices, "num_nodes": num_nodes, **(generate or {})}
+        if mode == "predictions":
+            own = {"input": input, "context": context, "stride": stride, "limit": limit, "cache_dir": cache_dir}
+            return imagined.predictions(target, {**own, **common}, judge, outcome)
+        drawn = {"n": n, **common}
+        made = imagined.samples(target, drawn)
+        if made is None:  # another process than the first
+            return {}
+        reading = replace(reading, frames=made["frames"], size=made["size"])
+        assert real is not None
+        return evaluate_sets(real, made["out"], drawn, reading, judge, outcome, Ranks(0, 1, pick_device(device)))
+    with launch(device, devices, num_nodes) as ranks, precision_context(ranks.device, precision):
+        if mode == "reconstruction":
+            assert vae is not None
+            assert root is not None
+            return evaluate_vae(vae, root, weights, precision, reading, judge, outcome, ranks)
+        assert real is not None
+        assert fake is not None
+        if mode == "trees":
+            return evaluate_trees(real, fake, unpaired, reading, judge, outcome, ranks)
+        return evaluate_sets(real, fake, {}, reading, judge, outcome, ranks)
 
-    protocol |= {"psnr": "data range 1, 100 dB at most, mean over frames"}
-    protocol |= {
-        "ssim": "data range 1, gaussian 11x11 of sigma 1.5, valid window, mean over frames; none under 11 pixels"
+
+def mode_of(paired: bool, **given: str | None) -> Mode:
+    """Tell what is evaluated by what is given."""
+    names = frozenset(name for name, value in given.items() if value)
+    modes: dict[frozenset[str], Mode] = {
+        frozenset({"vae", "root"}): "reconstruction",
+        frozenset({"real", "fake"}): "trees" if paired else "sets",
+        frozenset({"ckpt", "real"}): "samples",
+        frozenset({"ckpt", "input"}): "predictions",
     }
-    summary = {metric: describe([row[metric] for row in rows if row[metric] is not None]) for metric in METRICS}
-    result = {**summary, "n": len(rows), "rejected": len(rejected), "protocol": protocol, "versions": versions()}
-    write_csv(target / "metrics.csv", rows)
-    write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
-    show_table(
-        f"{len(rows)} videos measured, {len(rejected)} passed over; see {target / 'metrics.csv'}",
-        [(name, score["mean"], score["std"], score["n"]) for name, score in summary.items()],
-        ("metric", "mean", "std", "videos"),
-    )
+    if not paired and names != {"real", "fake"}:
+        raise ConfigError("paired=false compares two folders: give real=DIR fake=DIR, and nothing else to compare")
+    if names not in modes:
+        kinds = "give vae=PATH data.root=DIR, or real=DIR fake=DIR, or ckpt=PATH with real=DIR or with input=PATH"
+        raise ConfigError(f"{'these do not go together' if names else 'nothing to compare'}: {kinds}")
+    return modes[names]
+
+
+def evaluate_vae(
+    vae: str,
+    root: str,
+    weights: Literal["ema", "raw"],
+    precision: Precision,
+    reading: Reading,
+    judge: Judge,
+    outcome: Outcome,
+    ranks: Ranks,
+) -> Row:
+    """Measure the reconstructions of a VAE, in memory."""
+    model = checkpoint.load(vae, weights=weights, device=ranks.device)
+    whole = reading.frames is None
+    if not whole:
+        check_clip(model, reading.frames or 1, reading.size)
+    usable = ranks.on_first(lambda: reading.find(root))
+    entries, share = usable.entries, slice(ranks.rank, None, ranks.world)
+    suite, distances = judge.suite(ranks.device), judge.distances(reading.frames, ranks.device)
+    known_statistics(distances, root, entries, reading, ranks)
+    pictures = Pictures(outcome.shown, len(entries))
+    watchers: list[Watcher] = [pictures, *distances]
+
+    def work() -> Scores:
+        if not whole:
+            loader = reading.load(root, entries, share, pin=ranks.device.type == "cuda")
+            return score_vae(model, loader, suite, watchers)
+        names = dict(list(enumerate(entry.path for entry in entries))[share])
+        resize = None if reading.size is None else make_resize(reading.size)
+        return score_whole(model, root, names, reading.stride, resize, suite, watchers)
+
+    scores = Scores(rejected=[rejection.to_json() for rejection in usable.rejected])
+    for part in ranks.on_all(work):
+        scores.merge(part)
+    values: Row = {}
+    for distance in distances if scores.rows else ():
+        values |= settle(distance, reading.batches(len(entries)), ranks)
+    clips = pictures.gather(scores, ranks)
+    protocol = {"vae": vae, "root": root, **reading.protocol(), "weights": weights, "precision": precision}
+    protocol |= {"latent": "posterior mean", "reconstruction": "clamped, not rounded", **judge.protocol()}
+    protocol |= {distance.name: distance.protocol() for distance in distances}
+    return ranks.on_first(lambda: finish("Reconstruction", vae, scores, values, protocol, clips, outcome))
+
+
+def evaluate_trees(
+    real: str,
+    fake: str,
+    unpaired: Literal["error", "skip"],
+    reading: Reading,
+    judge: Judge,
+    outcome: Outcome,
+    ranks: Ranks,
+) -> Row:
+    """Measure the videos of one tree against those of another one."""
+    first = ranks.on_first(lambda: read_tree(real, reading.cache_dir))
+    second = ranks.on_first(lambda: read_tree(fake, reading.cache_dir))
+    pairs, problems = find_pairs(first, second)
+    rejected: list[Row] = [problem.to_json() for problem in problems]
+    ranks.on_first(lambda: check_pairs(pairs, problems, first, second, outcome.target, unpaired))
+    pairs = pairs[: reading.limit]
+    suite, distances = judge.suite(ranks.device), judge.distances(None, ranks.device)
+    pictures = Pictures(outcome.shown, len(pairs))
+    mine = dict(list(enumerate(pairs))[ranks.rank :: ranks.world])
+    scores = Scores(rejected=rejected)
+    for part in ranks.on_all(lambda: score_pairs(mine, suite, ranks.device, [pictures, *distances])):
+        scores.merge(part)
+    values: Row = {}
+    for distance in distances if scores.rows else ():
+        values |= settle(distance, [[place] for place in range(len(pairs))], ranks)
+    clips = pictures.gather(scores, ranks)
+    protocol: Row = {"real": real, "fake": fake, "frames": "all", "size": "as stored", "limit": reading.limit}
+    protocol |= {"unpaired": unpaired, **judge.protocol()}
+    protocol |= {distance.name: distance.protocol() for distance in distances}
+    return ranks.on_first(lambda: finish("Comparison", fake, scores, values, protocol, clips, outcome))
+
+
+def evaluate_sets(
+    real: str, fake: str, drawn: Row, reading: Reading, judge: Judge, outcome: Outcome, ranks: Ranks
+) -> Row:
+    """Measure how like two sets of videos are; `drawn` says how the second one was made, if here."""
+    distances = judge.distances(reading.frames, ranks.device)
+    values, rejected, entries = compare_sets(real, fake, reading, distances, outcome.target, ranks)
+    protocol: Row = {"real": real, "fake": fake, **reading.protocol(), **({"drawn": drawn} if drawn else {})}
+    protocol |= {"features": RANDOM} if not distances else {}
+    protocol |= {distance.name: distance.protocol() for distance in distances}
+
+    def write() -> Row:
+        clips = [
+            clip
+            for label, root in (("sample", fake), ("real", real))
+            for clip in thumbnails(root, entries[root], reading, 2 * outcome.shown, label)
+        ]
+        title = f"Samples: {Path(drawn.get('ckpt', fake)).name}"
+        result = outcome.write("samples", title, Scores(rejected=rejected), values, protocol, clips, {})
+        outcome.tell(result)
+        return result
+
+    return ranks.on_first(write)
+
+
+def finish(what: str, of: str, scores: Scores, values: Row, protocol: Row, clips: list[Clip], outcome: Outcome) -> Row:
+    """Write and print what was measured of pairs."""
+    curves = mean_curves([scores.curves[place] for place in sorted(scores.curves)])
+    result = outcome.write("reconstruction", f"{what}: {Path(of).name}", scores, values, protocol, clips, curves)
+    outcome.tell(result)
     return result
-
-
-@torch.inference_mode()
-def score_reconstructions(model: VideoVAE, loader: DataLoader, device: torch.device, rejected: Rejected) -> list[Row]:
-    """Send every clip through the VAE and measure what comes back."""
-    rows: list[Row] = []
-    for clips in loader:
-        rejected += [failure.to_json() for failure in clips["failures"]]
-        if "error" in clips:
-            raise DataError(clips["error"])
-        if "video" not in clips:
-            continue
-        x = to_float(clips["video"].to(device))  # (B, C, T, H, W)
-        try:
-            model.check_video(x.shape)
-        except ValueError as error:  # of size=null
-            rejected += [{"path": path, "reason": "size", "detail": str(error)} for path in clips["path"]]
-            continue
-        y = model.decode(model.encode(x).mode()).float().clamp(-1, 1)
-        scores = {name: score.tolist() for name, score in measure(x, y).items()}
-        for index, path in enumerate(clips["path"]):
-            row = {"path": path, "frames": x.shape[2], **{name: score[index] for name, score in scores.items()}}
-            rows.append(without_nan(row))
-    return rows
-
-
-def score_folders(real: Path, fake: Path, limit: int | None, cache_dir: str | None, rejected: Rejected) -> list[Row]:
-    """Compare the videos of two trees that have the same path but for the suffix."""
-    found = {}
-    for root in (real, fake):
-        if (
-            rows_file := root / "reconstructions.jsonl"
-        ).is_file():  # written by reconstruct, with more than one tree in it
-            paths = [json.loads(line)["output"] for line in rows_file.read_text(encoding="utf-8").splitlines()]
-        else:
-            usable = find_usable(root, ClipSampler(1), cache_dir=cache_dir)
-            rejected += [rejection.to_json() for rejection in usable.rejected]
-            paths = [entry.path for entry in usable.entries]
-        found[root] = pair_names(paths)
-    if lone := sorted(found[real].keys() ^ found[fake].keys()):
-        side = "fake" if lone[0] in found[real] else "real"
-        counts = f"{len(found[real])} real and {len(found[fake])} fake videos, {len(lone)} without a partner"
-        raise DataError(f"{counts}; first: {lone[0]!a} is missing under {side}={fake if side == 'fake' else real}")
-    rows: list[Row] = []
-    for name in sorted(found[real])[:limit]:
-        try:
-            rows.append(score_pair(real / found[real][name], fake / found[fake][name], found[fake][name]))
-        except DecodeFailure as failure:
-            rejected.append({"path": failure.path, "reason": failure.reason, "detail": failure.detail})
-    return rows
-
-
-def score_pair(real: Path, fake: Path, name: str, chunk: int = 16) -> Row:
-    """Measure two videos frame by frame, chunk by chunk."""
-    with Video(real) as first, Video(fake) as second:
-        shapes = [(v.info.frames, v.info.height, v.info.width) for v in (first, second)]
-        if shapes[0] != shapes[1]:
-            sizes = " and ".join(f"{t} frames of {h}x{w}" for t, h, w in shapes)
-            raise DataError(f"{name!a}: real and fake differ, {sizes}")
-        sums, count = torch.zeros(len(METRICS), dtype=torch.float64), 0
-        for a, b in zip(first.chunks(chunk), second.chunks(chunk), strict=True):
-            x, y = to_float(a)[None], to_float(b)[None]
-            sums += len(a) * torch.cat([*measure(x, y).values()]).double()
-            count += len(a)
-    return without_nan({"path": name, "frames": count, **dict(zip(METRICS, (sums / count).tolist(), strict=True))})
-
-
-def pair_names(paths: list[str]) -> dict[str, str]:
-    """Return the paths under their names without suffix, or with it where two would be alike."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    return {stem if stems.count(stem) == 1 else path: path for stem, path in zip(stems, paths, strict=True)}
-
-
-def describe(values: list[float]) -> dict[str, float | None]:
-    """Return mean, sample standard deviation (0 of one value, no mean of none) and number of the values."""
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "n": len(values),
-    }
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Write rows as CSV, a column a key."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())

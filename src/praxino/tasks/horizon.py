@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from praxino.metrics.image import PSNR_CAP
-from praxino.tasks.common import measure, show_table, without_nan
-from praxino.tasks.evaluate import write_csv
+from praxino.tasks.common import measure, show_table, without_nan, write_csv
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from praxino.data.latent_file import WIDTH, ShardWriter
 from praxino.data.scan import Entry
 from praxino.data.transforms import Resize
 from praxino.errors import NonFiniteError
-from praxino.metrics.latents import LatentStatistics, double
+from praxino.metrics.latents import LatentStatistics, Spectrum, double
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.reconstruct import fitting_chunk
 from praxino.video import to_float
@@ -50,6 +50,7 @@ class Part:
     def __init__(self, model: VideoVAE, writer: ShardWriter | None = None) -> None:
         self.model, self.writer, self.weight = model, writer, next(model.parameters())
         self.first, self.rest = self.empty(), self.empty()
+        self.spectrum = Spectrum(model.latent_channels)
         self.clips: list[dict[str, Any]] = []
         self.rejected: list[dict[str, Any]] = []
 
@@ -67,7 +68,7 @@ class Part:
         """
         begin = self.writer.length if self.writer else 0
         first, rest, held, shape = self.empty(), self.empty(), [], [0, 0, 0, 0]
-        frames = 0
+        frames, spectrum = 0, Spectrum(self.model.latent_channels)
         try:
             for piece, moments in self.encode(clips[0]["path"], pieces):
                 frames += piece
@@ -75,6 +76,7 @@ class Part:
                     continue
                 self.measure(moments, first, rest)
                 posterior = Posterior(moments)
+                spectrum.update(posterior.mean)
                 held.append(torch.cat((posterior.mean, posterior.logvar), dim=1).transpose(1, 2).bfloat16())
                 shape = [self.model.latent_channels, shape[1] + moments.shape[2], *moments.shape[3:]]
                 if len(clips) == 1:
@@ -87,6 +89,7 @@ class Part:
             raise
         self.first.merge(first)
         self.rest.merge(rest)
+        self.spectrum.merge(spectrum)
         channels, latents, height, width = shape
         step = 2 * channels * latents * height * width
         for place, clip in enumerate(clips):
@@ -135,12 +138,13 @@ class Part:
                 else None
                 for name, part in parts.items()  # the causal first latent frame, and all others
             },
+            **self.spectrum.figures(),  # of the posterior mean
         }
 
     def describe(self) -> dict[str, Any]:
         """Return all that is known as plain data, but for the shard."""
         statistics = {"first": self.first.state(), "rest": self.rest.state()}
-        return {"clips": self.clips, "rejected": self.rejected, **statistics}
+        return {"clips": self.clips, "rejected": self.rejected, **statistics, "spectrum": self.spectrum.state()}
 
 
 def merge(model: VideoVAE, parts: Iterable[dict[str, Any] | None]) -> tuple[Part, list[dict[str, Any]]]:
@@ -151,6 +155,7 @@ def merge(model: VideoVAE, parts: Iterable[dict[str, Any] | None]) -> tuple[Part
         assert part is not None, "every part is encoded by now"
         whole.first.merge(LatentStatistics.from_state(part["first"]))
         whole.rest.merge(LatentStatistics.from_state(part["rest"]))
+        whole.spectrum.merge(Spectrum.from_state(part["spectrum"]))
         whole.clips += [clip | {"shard": len(shards)} for clip in part["clips"]]
         whole.rejected += part["rejected"]
         if part["shard"] is not None:

@@ -73,6 +73,13 @@ def launch(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
     return Ranks(fabric.global_rank, fabric.world_size, fabric.device)
 
 
+def is_first() -> bool:
+    """Tell whether this is the first process of a task whose group has ended."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return not rank_zero_only.rank  # type: ignore[attr-defined]
+
+
 def attempt(function: Callable[[], T]) -> T | PraxinoError:
     """Return the result of a function, or the expected error that it raised."""
     try:

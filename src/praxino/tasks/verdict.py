@@ -1,0 +1,196 @@
+"""What an evaluation measures, and what it writes: rows, curves, a summary with its protocol, a page."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+
+from praxino.config import check_call, conf_dir, nearest, plain, redacted
+from praxino.errors import ConfigError, DataError
+from praxino.losses.perceptual import LPIPS
+from praxino.metrics.image import Window, to_decibel
+from praxino.metrics.suite import METRICS, PairSuite
+from praxino.metrics.summary import describe
+from praxino.tasks.common import show_table, versions, write_atomic, write_csv, write_jsonl
+from praxino.tasks.compare import Fid, Fvd, SetDistance, open_distances
+from praxino.tasks.report import Clip, Kind, Report, write_report
+from praxino.tasks.score import Curves, Row, Scores
+
+S = TypeVar("S")
+WORDS = {
+    "psnr": "data range 1, 100 dB at most, mean over frames; psnr_clip: of the mean squared error of a video; "
+    "psnr_pooled: of that of all pixels of all videos",
+    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, {window} window, mean over frames; none under 11 pixels",
+    "ms_ssim": "data range 1, five scales, {window} window, mean over frames; none under 161 pixels",
+    "difference": "mean absolute error of the differences to the frame before, of [0, 1]",
+    "flicker": "mean absolute difference to the frame before, less that of the original, of [0, 1]",
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is measured: of pairs the `metrics`, of sets what has a detector."""
+
+    metrics: tuple[str, ...] = ("psnr", "ssim")
+    window: Window = "valid"
+    lpips: dict[str, Any] = field(default_factory=dict)
+    fvd: Fvd = field(default_factory=Fvd)
+    fid: Fid = field(default_factory=Fid)
+
+    @classmethod
+    def of(
+        cls,
+        metrics: Sequence[str],
+        window: Window,
+        lpips: dict[str, Any] | None,
+        fvd: dict[str, Any] | None,
+        fid: dict[str, Any] | None,
+    ) -> "Judge":
+        """Check settings of the configuration."""
+        for name in metrics:
+            if name in ("fvd", "fid"):
+                raise ConfigError(f"metrics: {name} is measured where {name}.detector=FILE is given, leave it out here")
+            if name not in (*METRICS, "lpips"):
+                raise ConfigError(f"metrics: {name!r} is unknown{nearest(name, (*METRICS, 'lpips'))}")
+        return cls(
+            tuple(dict.fromkeys(metrics)),
+            window,
+            checked(LPIPS, "lpips", lpips),
+            Fvd(**checked(Fvd, "fvd", fvd)),
+            Fid(**checked(Fid, "fid", fid)),
+        )
+
+    def suite(self, device: torch.device) -> PairSuite:
+        """Load the metrics of pairs."""
+        lpips = {"lpips": LPIPS(**{"net": "alex", **self.lpips}).to(device)} if "lpips" in self.metrics else {}
+        return PairSuite(self.metrics, self.window, lpips)
+
+    def distances(self, frames: int | None, device: torch.device) -> list[SetDistance]:
+        """Load the detectors, for clips of so many frames; None: whole videos."""
+        return open_distances(self.fvd, self.fid, frames, device)
+
+    def protocol(self) -> Row:
+        """Word the metrics of pairs."""
+        words = {name: WORDS[name].format(window=self.window) for name in self.metrics if name in WORDS}
+        return words | ({"lpips": {"net": "alex", **self.lpips}} if "lpips" in self.metrics else {})
+
+
+def checked(function: Any, key: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a key, checked against the signature that takes them."""
+    try:
+        return check_call(function, OmegaConf.create(given or {}))
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{key}.{line}" for line in str(error).splitlines())) from error
+
+
+def changes(protocol: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the name of a protocol of conf/protocol, and which of its settings are others in this run."""
+    if protocol is None:
+        return {}
+    files = {path.stem: path for path in (Path(conf_dir()) / "protocol").glob("*.yaml")}
+    if protocol not in files:
+        raise ConfigError(f"protocol={protocol}: no such choice{nearest(protocol, files)}")
+    wanted = plain(OmegaConf.load(files[protocol]))
+    return {"name": protocol, "changed": sorted(differences(wanted, given))}
+
+
+def differences(wanted: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:
+    """Return the keys of the first tree that have another value in the second one."""
+    found = []
+    for key, value in wanted.items():
+        other = given.get(key)
+        if isinstance(value, dict):
+            found += differences(value, other or {}, f"{path}{key}.")
+        elif (list(other) if isinstance(other, tuple) else other) != value:
+            found.append(path + key)
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the results of an evaluation go.
+
+    Args:
+        shown: videos of each kind on the page.
+        protocol: the named protocol.
+    """
+
+    target: Path
+    report: bool = True
+    shown: int = 4
+    protocol: Row = field(default_factory=dict)
+
+    def write(
+        self,
+        kind: Kind,
+        title: str,
+        scores: Scores,
+        values: Row,
+        protocol: Row,
+        clips: list[Clip],
+        horizons: dict[str, dict[str, list[float | None]]],
+    ) -> Row:
+        """Write all files and print the means; returns the content of metrics.json."""
+        rows, rejected = scores.table, sorted(scores.rejected, key=lambda row: (row["path"], row["reason"]))
+        write_jsonl(self.target / "rejected.jsonl", rejected)
+        if not rows and kind != "samples":
+            raise DataError(f"no video could be measured: see {self.target / 'rejected.jsonl'}")
+        metrics = [key for key in rows[0] if key not in ("path", "frames", "height", "width", "mse")] if rows else []
+        summary = {name: describe(row[name] for row in rows) for name in metrics}
+        if rows:
+            values = {"psnr_pooled": pooled(rows), **values}
+            write_csv(self.target / "metrics.csv", rows)
+            write_jsonl(
+                self.target / "curves.jsonl",
+                ({"path": scores.rows[place]["path"], **scores.curves[place]} for place in sorted(scores.rows)),
+            )
+        command = shlex.join(redacted(sys.argv))
+        protocol = {**({"protocol": self.protocol} if self.protocol else {}), **protocol}
+        counts = {"n": len(rows), "rejected": len(rejected)} if rows else {"rejected": len(rejected)}
+        result: Row = {**summary, **values, **counts, "protocol": protocol, "versions": versions()}
+        result |= {"seconds": {key: round(value, 3) for key, value in scores.seconds.items()}, "command": command}
+        write_atomic(self.target / "metrics.json", json.dumps(result, indent=2) + "\n")
+        if self.report:
+            horizons = horizons if any(len(lines["frame"]) > 1 for lines in horizons.values()) else {}
+            page = Report(title, kind, summary, values, rows, horizons, clips, rejected, protocol, versions(), command)
+            write_report(self.target / "report.html", page)
+        return result
+
+    def tell(self, result: Row) -> None:
+        """Print the means and the figures of the set."""
+        lines: list[tuple[Any, ...]] = []
+        for key, value in result.items():
+            if isinstance(value, dict) and {"mean", "std", "low"} <= value.keys():
+                lines.append((key, value["mean"], value["std"], value["low"], value["high"], value["n"]))
+            elif isinstance(value, dict) and "value" in value:
+                lines.append((key, value["value"], None, None, None, value.get("n")))
+            elif isinstance(value, float):
+                lines.append((key, value, None, None, None, result["n"]))
+        counts = f"{result['n']} videos measured, " if "n" in result else ""
+        columns = ("metric", "mean", "std", "95 % from", "to", "n")
+        show_table(f"{counts}{result['rejected']} passed over; see {self.target}", lines, columns)
+
+
+def pooled(rows: Sequence[Row]) -> float:
+    """Return the PSNR of the mean squared error of all pixels."""
+    pixels = [row["frames"] * row["height"] * row["width"] for row in rows]
+    mean = sum(row["mse"] * count for row, count in zip(rows, pixels, strict=True)) / sum(pixels)
+    return float(to_decibel(torch.tensor(mean, dtype=torch.float64)))
+
+
+def mean_curves(curves: Sequence[Curves]) -> dict[str, dict[str, list[float | None]]]:
+    """Return the mean over the videos of each metric, frame by frame, as far as half of them go."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for name in curves[0] if curves else ():
+        lengths = sorted(len(curve[name]) for curve in curves)
+        reach = range(lengths[len(lengths) // 2])
+        columns = [[value for c in curves if k < len(c[name]) and (value := c[name][k]) is not None] for k in reach]
+        means = [sum(column) / len(column) if column else None for column in columns]
+        found[name] = {"frame": list(reach), "mean": means}
+    return found
