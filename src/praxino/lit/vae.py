@@ -1,6 +1,7 @@
 """The training of a video autoencoder, with an adversary or without."""
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from praxino.lit.parallel import average, checkpoint_blocks, compile_vae, freeze
 from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
 from praxino.losses.vae import VAELoss
-from praxino.metrics.image import WINDOW, psnr, ssim
+from praxino.metrics.image import psnr
+from praxino.metrics.suite import METRICS, PairSuite
 from praxino.models.vae import Output, VideoVAE, check_clip, describe
 from praxino.video import to_float
 
@@ -40,6 +42,7 @@ class VAEModule(StepModule):
         sample_posterior: decode a sample of the posterior rather than its mean.
         channels_last: memory layout of kernels and videos.
         checkpoint_activations: compute every block again in the backward pass: less memory, a third more time.
+        val_metrics: of validation, by the names that evaluation has for them.
         val_lpips: perceptual distance of validation, usually AlexNet's.
     """
 
@@ -65,12 +68,19 @@ class VAEModule(StepModule):
         compile: bool = False,
         channels_last: bool = False,
         checkpoint_activations: bool = False,
+        val_metrics: Sequence[str] = ("psnr", "ssim"),
         val_lpips: LPIPS | None = None,
     ) -> None:
         super().__init__(net, optimizer, scheduler, clip, accumulate, decay, max_bad_steps, seed, compile)
         self.loss, self.adversary, self.val_lpips = loss, adversary, val_lpips
         self.make_adversary_optimizer = adversary_optimizer or optimizer
-        self.sample_posterior, self.channels_last = sample_posterior, channels_last
+        self.sample_posterior, self.channels_last, self.val_metrics = (
+            sample_posterior,
+            channels_last,
+            tuple(val_metrics),
+        )
+        if unknown := set(val_metrics) - set(METRICS):
+            raise ConfigError(f"val_metrics: {sorted(unknown)[0]} is unknown: use some of {', '.join(METRICS)}")
         if init != "default":
             if net.pretrained:
                 raise ConfigError(f"init={init} would draw the weights of a pretrained network anew: use init=default")
@@ -209,17 +219,21 @@ class VAEModule(StepModule):
         for x, index in zip(videos.split(1), batch["index"].tolist(), strict=True):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, index))
             output = self.eval_net(x, sample=self.sample_posterior, generator=generator)
-            recon = output.recon.clamp(-1, 1)  # as it is shown; unchecked, for what is not finite is to be logged
-            row = {"psnr": psnr(x, recon, check=False)[0], **self.loss(x, output)}
-            row["latent_std"] = output.posterior.mean.std()
+            row = {**self.loss(x, output), "latent_std": output.posterior.mean.std()}
             del row["nll"], row["rest"]
-            if min(x.shape[-2:]) >= WINDOW:
-                row["ssim"] = ssim(x, recon, check=False)[0]
-            if self.val_lpips is not None and min(x.shape[-2:]) >= self.val_lpips.smallest:
-                row["lpips"] = self.val_lpips(x, recon).mean()
-            self._rows[index] = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist(), strict=True))
+            values = torch.stack([value.float() for value in row.values()]).tolist()
+            self._rows[index] = {**self.judge(x, output.recon), **dict(zip(row, values, strict=True))}
             recons.append(output.recon)
         return {"input": videos, "recon": torch.cat(recons)}
+
+    def judge(self, x: Tensor, recon: Tensor) -> dict[str, float]:
+        """Return the scores of a video as evaluation has them, NaN for a reconstruction that is not finite."""
+        distances = {} if self.val_lpips is None else {"lpips": self.val_lpips}
+        suite = PairSuite((*self.val_metrics, *distances), distances=distances)
+        if not recon.isfinite().all():
+            return dict.fromkeys(suite.metrics, math.nan)
+        scores = suite.score(x.float(), recon.float().clamp(-1, 1))
+        return {name: float(scores[name]) for name in suite.metrics if not scores[name].isnan()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all samples of all ranks, each sample once: the same for any number of ranks."""

@@ -20,6 +20,7 @@ from praxino.metrics.image import Window
 from praxino.tasks.common import (
     Precision,
     at_least,
+    check_outside,
     make_directory,
     make_resize,
     pick_device,
@@ -112,6 +113,7 @@ def benchmark(
     if names is not None and (len(names) != len(vaes) or len(set(names)) < len(names)):
         raise ConfigError(f"names: {len(set(names))} different names for {len(vaes)} VAEs: give one of each")
     make_resize(size)
+    check_outside(out, {"data.root": data["root"]})
     reading = Reading(frames, stride, fps, size, short, where, seed, limit, batch, workers, cache_dir)
     judge, target, chosen = Judge.of(metrics, window, lpips, fvd, fid), make_directory(out), pick_device(device)
     usable = reading.find(data["root"])

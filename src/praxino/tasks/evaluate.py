@@ -20,6 +20,7 @@ from praxino.tasks.common import (
     Precision,
     at_least,
     check_clip,
+    check_outside,
     make_directory,
     make_resize,
     pick_device,
@@ -119,6 +120,7 @@ def evaluate(
     if frames is None and mode == "sets":
         raise ConfigError("frames=null: sets are compared by clips of one length, e.g. frames=17")
     make_resize(size)
+    check_outside(out, {"data.root": root, "real": real, "fake": fake, "input": input})
     reading = Reading(frames, stride, fps, size, short, where, seed, limit, batch, workers, cache_dir)
     judge, target = Judge.of(metrics, window, lpips, fvd, fid), make_directory(out)
     outcome = Outcome(target, report, shown if report else 0, protocols)
