@@ -87,6 +87,7 @@ def main() -> None:
         "| | seconds | ratio | of CPU time | ratio |\n| --- | --- | --- | --- | --- |\n"
         f"| encode and decode alone | {a[0]:.1f} | 1.00 | {a[1]:.1f} | 1.00 |\n"
         f"| the whole evaluation | {b[0]:.1f} | {b[0] / a[0]:.2f} | {b[1]:.1f} | {b[1] / a[1]:.2f} |\n\n"
+        f"Beside its own encoding and decoding, as disturbed as it: {b[0] / (parts['encode'] + parts['decode']):.2f}.\n"
         f"Of the evaluation: {', '.join(f'{key} {value:.1f} s' for key, value in parts.items())}.\n"
     )
     print(text)
