@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from praxino.errors import ConfigError
 from praxino.lit.base import StepModule
-from praxino.lit.optim import seed_of
 from praxino.lit.parallel import average, checkpoint_blocks, compile_vae, freeze_parts, frozen
 from praxino.losses.adversarial import Adversary
 from praxino.losses.perceptual import LPIPS
@@ -39,7 +38,7 @@ class VAEModule(StepModule):
         adversary_optimizer: makes the adversary's optimizer; None: as `optimizer`.
         init: initialisation of the network, see `VideoVAE.initialize`.
         freeze: parts of the network that stay as they are, by the beginnings of their names, e.g. `[encoder]`.
-        sample_posterior: decode a sample of the posterior rather than its mean.
+        sample_posterior: learn from a sample of the posterior rather than its mean.
         channels_last: memory layout of kernels and videos.
         checkpoint_activations: compute every block again in the backward pass: less memory, a third more time.
         val_metrics: of validation, by the names that evaluation has for them.
@@ -74,11 +73,8 @@ class VAEModule(StepModule):
         super().__init__(net, optimizer, scheduler, clip, accumulate, decay, max_bad_steps, seed, compile)
         self.loss, self.adversary, self.val_lpips = loss, adversary, val_lpips
         self.make_adversary_optimizer = adversary_optimizer or optimizer
-        self.sample_posterior, self.channels_last, self.val_metrics = (
-            sample_posterior,
-            channels_last,
-            tuple(val_metrics),
-        )
+        self.sample_posterior, self.channels_last = sample_posterior, channels_last
+        self.val_metrics = tuple(val_metrics)
         if unknown := set(val_metrics) - set(METRICS):
             raise ConfigError(f"val_metrics: {sorted(unknown)[0]} is unknown: use some of {', '.join(METRICS)}")
         if init != "default":
@@ -213,12 +209,11 @@ class VAEModule(StepModule):
         self._rows = {}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Judge videos one by one, so that noise and values are a function of the sample's index alone."""
+        """Judge videos one by one, so that values do not depend on the batch, by the mode as evaluation does."""
         videos = self.to_input(batch["video"])
         recons = []
         for x, index in zip(videos.split(1), batch["index"].tolist(), strict=True):
-            generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, index))
-            output = self.eval_net(x, sample=self.sample_posterior, generator=generator)
+            output = self.eval_net(x, sample=False)
             row = {**self.loss(x, output), "latent_std": output.posterior.mean.std()}
             del row["nll"], row["rest"]
             values = torch.stack([value.float() for value in row.values()]).tolist()

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from praxino.config import check_call
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.common import make_directory, show_table
+from praxino.tasks.common import check_outside, make_directory, show_table
 from praxino.tasks.gallery import gallery
 from praxino.tasks.stages import Stage, run_stages
 
@@ -53,6 +53,7 @@ def pipeline(
     """
     if data["root"] is None and data["val_root"] is not None:
         raise ConfigError("data.val_root is given without data.root: give both, or data.root alone")
+    check_outside(out, {f"data.{key}": root for key, root in data.items()})
     target = make_directory(out)
     settings = {"videos": videos, "vae": vae, "reconstruct": reconstruct, "encode": encode}
     settings |= {"dit": dit, "sample": sample, "predict": predict, "evaluate": evaluate}

@@ -59,7 +59,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             "trainer.val_check_interval=0: use a positive number; trainer.limit_val_batches=0 never validates"
         )
     data = instantiate(cfg.data)
-    check_outside(cfg.out, {f"data.{key}": getattr(data, key, None) for key in ("root", "val_root")})
+    if not hasattr(data, "manifest"):  # a tree that is scanned
+        check_outside(cfg.out, {f"data.{key}": getattr(data, key, None) for key in ("root", "val_root")})
     out = make_directory(cfg.out)
     resume = resume_from(cfg.ckpt, out)
     quiet_lightning()
