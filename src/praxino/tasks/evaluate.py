@@ -120,11 +120,11 @@ def evaluate(
     if frames is None and mode == "sets":
         raise ConfigError("frames=null: sets are compared by clips of one length, e.g. frames=17")
     make_resize(size)
-    check_outside(out, {"data.root": root, "real": real, "fake": fake, "input": input})
     reading = Reading(frames, stride, fps, size, short, where, seed, limit, batch, workers, cache_dir)
     judge, target = Judge.of(metrics, window, lpips, fvd, fid), make_directory(out)
     outcome = Outcome(target, report, shown if report else 0, protocols)
-    if mode in ("samples", "predictions"):
+    if mode in ("samples", "predictions"):  # which write videos
+        check_outside(out, {"real": real, "input": input})
         common = {"ckpt": ckpt, "seed": seed, "weights": weights, "precision": precision, "device": device}
         common |= {"devices": devices, "num_nodes": num_nodes, **(generate or {})}
         if mode == "predictions":
