@@ -23,11 +23,13 @@ from praxino.data.transforms import Resize
 from praxino.errors import ConfigError, NonFiniteError
 from praxino.metrics.frechet import frechet_distance
 from praxino.metrics.image import psnr, ssim
+from praxino.metrics.suite import PairSuite
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.compare import Gaussian
 from praxino.tasks.evaluate import evaluate
+from praxino.tasks.score import Recorder
 from praxino.tasks.shown import LONGEST, SIDE, Pictures, tagged
-from praxino.tasks.verdict import pooled
+from praxino.tasks.verdict import Judge, pooled
 
 TINY: dict[str, Any] = {
     "latent_dim": 3,
@@ -210,6 +212,19 @@ def test_a_vae_that_gives_no_numbers_ends_it(videos: Path, tmp_path: Path) -> No
     checkpoint.save_official(broken, tmp_path / "vae")
     with pytest.raises(NonFiniteError, match=r"00\.mp4.* not finite"):
         evaluated(tmp_path / "vae", videos / "b", tmp_path / "out")
+
+
+def test_a_guilty_video_is_named() -> None:
+    recorder, x = Recorder(PairSuite(("psnr",))), torch.zeros(2, 3, 1, 4, 4)
+    recorder.begin([0, 1], ["good.mp4", "bad.mp4"], [25.0, 25.0])
+    with pytest.raises(NonFiniteError, match=r"the reconstruction of 'bad\.mp4' is not finite"):
+        recorder.add(x, torch.stack([x[0], x[1] + torch.inf]))
+
+
+def test_words_name_the_pixels_that_are_needed() -> None:
+    words = Judge.of(("ssim", "ms_ssim"), "valid", None, None, None).protocol()
+    assert words["ssim"].endswith("none under 11 pixels")
+    assert words["ms_ssim"].endswith("none under 176 pixels")
 
 
 def test_the_page_shows_the_worst_the_best_and_others() -> None:

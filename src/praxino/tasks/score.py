@@ -120,9 +120,8 @@ class Recorder:
         """Measure the next frames of originals and reconstructions, `(B, 3, t, H, W)` in [-1, 1]."""
         assert self.meter is not None
         if not y.isfinite().all():
-            raise NonFiniteError(
-                f"the reconstruction of {self.paths[0]!a} is not finite: use precision=32, or another VAE"
-            )
+            guilty = next(path for path, video in zip(self.paths, y, strict=True) if not video.isfinite().all())
+            raise NonFiniteError(f"the reconstruction of {guilty!a} is not finite: use precision=32, or another VAE")
         self.frames += x.shape[2]
         self.size, self.device = x.shape[-2:], x.device.type
         with torch.autocast(self.device, enabled=False):
@@ -188,7 +187,7 @@ class Reading:
 
     def find(self, root: str | Path) -> Usable:
         """Find the videos of a tree that are read."""
-        usable = find_usable(root, self.clips, cache_dir=self.cache_dir)
+        usable = find_usable(root, self.clips, aliases=True, cache_dir=self.cache_dir)
         return replace(usable, entries=usable.entries[: self.limit])
 
     def load(

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from praxino.config import check_call, conf_dir, nearest, plain, redacted
 from praxino.errors import ConfigError, DataError
 from praxino.losses.perceptual import LPIPS
-from praxino.metrics.image import Window, to_decibel
+from praxino.metrics.image import LEAST, Window, to_decibel
 from praxino.metrics.suite import METRICS, PairSuite
 from praxino.metrics.summary import describe
 from praxino.tasks.common import show_table, versions, write_atomic, write_csv, write_jsonl
@@ -26,8 +26,8 @@ S = TypeVar("S")
 WORDS = {
     "psnr": "data range 1, 100 dB at most, mean over frames; psnr_clip: of the mean squared error of a video; "
     "psnr_pooled: of that of all pixels of all videos",
-    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, {window} window, mean over frames; none under 11 pixels",
-    "ms_ssim": "data range 1, five scales, {window} window, mean over frames; none under 161 pixels",
+    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, {window} window, mean over frames; none under {least} pixels",
+    "ms_ssim": "data range 1, five scales, {window} window, mean over frames; none under {least} pixels",
     "difference": "mean absolute error of the differences to the frame before, of [0, 1]",
     "flicker": "mean absolute difference to the frame before, less that of the original, of [0, 1]",
 }
@@ -77,7 +77,11 @@ class Judge:
 
     def protocol(self) -> Row:
         """Word the metrics of pairs."""
-        words = {name: WORDS[name].format(window=self.window) for name in self.metrics if name in WORDS}
+        words = {
+            name: WORDS[name].format(window=self.window, least=LEAST.get(name))
+            for name in self.metrics
+            if name in WORDS
+        }
         return words | ({"lpips": {"net": "alex", **self.lpips}} if "lpips" in self.metrics else {})
 
 
