@@ -148,7 +148,7 @@ def hold(contest: Contest, field: Sequence[Contender], weights: Literal["ema", "
             failed.append({"vae": contender.name, "path": contender.path, "reason": reason})
             contender.model = None
 
-    steps: list[Callable[[Contender], None]] = [lambda c: c.open(weights), contest.judge]
+    steps: list[Callable[[Contender], None]] = [lambda c: c.open(weights), contest.score]
     steps += [lambda c: contest.time(c, counts=False)] * WARM_UP + [contest.time] * repeats
     steps += [lambda c: contest.weigh(c, weights)]
     for number, step in enumerate(steps):

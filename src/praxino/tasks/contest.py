@@ -115,7 +115,7 @@ class Contender:
 class Contest:
     """The clips that all VAEs get, and how they are judged by them."""
 
-    suite: Judge
+    judge: Judge
     reading: Reading
     root: str
     entries: list[Entry]
@@ -130,17 +130,17 @@ class Contest:
             raise DataError(f"no video under {self.root} has {self.reading.frames} frames that can be read")
         self.clip = to_float(first)  # (1, 3, T, H, W), what times and memory are measured with
 
-    def judge(self, contender: Contender) -> None:
+    def score(self, contender: Contender) -> None:
         """Send all clips through a VAE."""
         assert contender.model is not None
         log.info("%s: %d videos", contender.name, len(self.entries))
         alone = Ranks(0, 1, self.device)
-        distances = self.suite.distances(self.reading.frames, self.device)
+        distances = self.judge.distances(self.reading.frames, self.device)
         pictures = Pictures(self.shown, len(self.entries))
         known_statistics(distances, self.root, self.entries, self.reading, alone)
         contender.model.to(self.device)
         loader = self.reading.load(self.root, self.entries, pin=self.device.type == "cuda")
-        contender.scores = score_vae(contender.model, loader, self.suite.suite(self.device), [pictures, *distances])
+        contender.scores = score_vae(contender.model, loader, self.judge.suite(self.device), [pictures, *distances])
         contender.model.cpu()
         if not contender.scores.rows:
             raise DataError("no video could be measured")
