@@ -35,6 +35,7 @@ __all__ = ["check_clip"]
 log = logging.getLogger(__name__)
 
 Precision = Literal["32", "bf16"]
+FLOAT32 = "without TF32"  # what `precision_context` sees to, for protocols
 PACKAGES = ("praxino", "torch", "lightning", "hydra-core", "torchmetrics", "lpips", "torchvision", "av", "numpy")
 
 
@@ -139,9 +140,18 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def precision_context(device: torch.device, precision: Precision) -> Any:
-    """Return the autocast context of a precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+@contextmanager
+def precision_context(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Compute under autocast if the precision is bf16; what is in float32 is never in TF32, cuDNN's default."""
+    tf32, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(products)
 
 
 def at_least(bound: int, **settings: int | None) -> None:

@@ -20,7 +20,7 @@ from praxino.errors import DataError, NonFiniteError
 from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import make_resize, without_nan
-from praxino.tasks.pairs import Pair
+from praxino.tasks.pairs import Pair, read_outputs
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
 from praxino.video import DecodeFailure, Video, to_float
@@ -32,11 +32,15 @@ WHOLE: dict[str, Any] = {"tile": None, "overlap": 0.0, "tile_frames": None}  # n
 
 @dataclass
 class Scores:
-    """What was measured, by the place of a video in its list: a row and curves of each, and the seconds it took."""
+    """What was measured, by the place of a video in its list: a row and curves of each, and the seconds it took.
+
+    `short` lists videos that were padded or slowed down.
+    """
 
     rows: dict[int, Row] = field(default_factory=dict)
     curves: dict[int, Curves] = field(default_factory=dict)
     rejected: list[Row] = field(default_factory=list)
+    short: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def merge(self, other: "Scores") -> "Scores":
@@ -186,8 +190,15 @@ class Reading:
         return ClipSampler(self.frames or 1, self.stride, fps=self.fps, short=self.short, where=self.where)
 
     def find(self, root: str | Path) -> Usable:
-        """Find the videos of a tree that are read."""
+        """Find the videos of a tree that are read; of what `sample` wrote, only what its last run did."""
         usable = find_usable(root, self.clips, aliases=True, cache_dir=self.cache_dir)
+        rows = Path(root).expanduser() / "samples.jsonl"
+        if rows.is_file():
+            listed = read_outputs(rows, "file")
+            usable.entries = [entry for entry in usable.entries if entry.path in listed]
+            usable.rejected = [rejection for rejection in usable.rejected if rejection.path in listed]
+            if missing := listed - {found.path for found in (*usable.entries, *usable.rejected)}:
+                raise DataError(f"{rows} lists {len(missing)} videos that are not there, first {min(missing)!a}")
         return replace(usable, entries=usable.entries[: self.limit])
 
     def load(
@@ -201,6 +212,12 @@ class Reading:
     def batches(self, count: int) -> list[list[int]]:
         """Cut the places of a list into batches."""
         return [list(range(begin, min(begin + self.batch, count))) for begin in range(0, count, self.batch)]
+
+    def stretched(self, entries: Sequence[Entry]) -> list[Row]:
+        """List the videos that are shorter than a clip, and so are padded or slowed down."""
+        fate, clips = {"pad": "padded with its last frame", "slow": "slowed down"}.get(self.short, ""), self.clips
+        infos = [(e.path, e.info) for e in entries if fate and not clips.fits(e.info.frames, e.info.fps)]
+        return [{"path": p, "reason": fate, "detail": f"{i.frames} frames at {float(i.fps):g} fps"} for p, i in infos]
 
     def protocol(self) -> Row:
         """Return what a result depends on."""
