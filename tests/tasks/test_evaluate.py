@@ -223,8 +223,8 @@ def test_statistics_of_the_real_set_are_kept(
     assert (first["fvd"]["n"], first["fvd"]["n_real"]) == (3, 13)
     assert (first["fid"]["n"], first["fid"]["n_real"]) == (9, 39)
     assert "distance" not in first
+    trees: dict[str, Any] = {key: given[key] for key in ("fake", "fvd", "cache_dir")} | {"real": str(fake)}
     with pytest.raises(ConfigError, match=r"fvd\.frames: whole videos"):
-        trees = {"real": str(fake), "fake": str(fake), "fvd": given["fvd"], "cache_dir": str(tmp_path / "cache")}
         evaluate(str(tmp_path / "4"), **trees)
     with pytest.raises(ConfigError, match="i3d takes clips of 9 frames or more, not 5"):
         evaluate(str(tmp_path / "5"), **{**given, "fvd": {"detector": detector}})

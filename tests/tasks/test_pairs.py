@@ -121,5 +121,5 @@ def test_a_file_with_two_names_counts_twice(tmp_path: Path) -> None:
 def test_a_foreign_list_of_reconstructions_is_named(tmp_path: Path, text: str) -> None:
     write(tmp_path / "a.mp4")
     (tmp_path / "reconstructions.jsonl").write_text(text)
-    with pytest.raises(DataError, match=r"reconstructions\.jsonl is none that reconstruct wrote"):
+    with pytest.raises(DataError, match=r"reconstructions\.jsonl lists no files of praxino"):
         read_tree(str(tmp_path), str(tmp_path / "c"))

@@ -146,19 +146,19 @@ def read_tree(path: str, cache_dir: str | None) -> Tree:
     broken = {rejection.path: f"{rejection.reason}: {rejection.detail}" for rejection in usable.rejected}
     rows = root / "reconstructions.jsonl"  # of `reconstruct`, which may have written more than one tree
     if rows.is_file():
-        outputs = read_outputs(rows)
+        outputs = read_outputs(rows, "output")
         entries = [entry for entry in entries if entry.path in outputs]
         broken = {path: why for path, why in broken.items() if path in outputs}
     return Tree(root, {e.path: e.info for e in entries}, {e.path: e.stamp for e in entries}, broken)
 
 
-def read_outputs(rows: Path) -> set[str]:
-    """Return the paths that `reconstruct` says it wrote."""
+def read_outputs(rows: Path, key: str) -> set[str]:
+    """Return the paths that a task says it wrote: the rows' values of a key."""
     try:
-        return {json.loads(line)["output"] for line in rows.read_text(encoding="utf-8").splitlines()}
+        return {json.loads(line)[key] for line in rows.read_text(encoding="utf-8").splitlines()}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{rows} is none that reconstruct wrote ({type(error).__name__}): take it away, or choose another folder"
+            f"{rows} lists no files of praxino ({type(error).__name__}): take it away, or choose another folder"
         ) from error
 
 

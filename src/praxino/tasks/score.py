@@ -197,7 +197,7 @@ class Reading:
             listed = read_outputs(rows, "file")
             usable.entries = [entry for entry in usable.entries if entry.path in listed]
             usable.rejected = [rejection for rejection in usable.rejected if rejection.path in listed]
-            if missing := listed - {found.path for found in (*usable.entries, *usable.rejected)}:
+            if missing := listed - {entry.path for entry in usable.entries} - {r.path for r in usable.rejected}:
                 raise DataError(f"{rows} lists {len(missing)} videos that are not there, first {min(missing)!a}")
         return replace(usable, entries=usable.entries[: self.limit])
 
