@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ class Products:
     def __init__(self) -> None:
         self.name, self.fingerprint, self.frames, self.most = "products", "0", False, 0
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.most = max(self.most, len(x))
-        return x.mean((2, 3, 4)) @ torch.tensor([[1.003, 0.1], [0.2, 0.997], [0.3, 0.4]])
+    def __call__(self, video: Tensor) -> Tensor:
+        self.most = max(self.most, len(video))
+        return video.mean((2, 3, 4)) @ torch.tensor([[1.003, 0.1], [0.2, 0.997], [0.3, 0.4]])
 
 
 def distance(settings: Fvd | Fid) -> SetDistance:
@@ -181,6 +182,30 @@ def test_sets_take_no_batches_and_one_size(detector: dict[str, str], tmp_path: P
         evaluate(str(tmp_path / "5"), **{**given, "fake": write(tmp_path / "one", [5]), "fvd": detector})
 
 
+def test_a_real_video_that_fails_counts_alike_in_every_run(detector: dict[str, str], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"real": write(tmp_path / "real", [5] * 4), "fake": write(tmp_path / "fake", [5] * 2)}
+    given |= {"paired": False, "frames": 5, "size": 16, "workers": 0, "device": "cpu", "report": False}
+    given |= {"cache_dir": str(tmp_path / "cache"), "fvd": detector}
+    Reading(frames=5, size=16, cache_dir=given["cache_dir"]).find(given["real"])
+    rotten = tmp_path / "real" / "3.mp4"
+    content, status = rotten.read_bytes(), rotten.stat()
+
+    def hold(data: bytes) -> None:  # what the scan does not see
+        rotten.write_bytes(data)
+        os.utime(rotten, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    hold(bytes(len(content)))
+    first, second = (evaluate(str(tmp_path / name), **given) for name in ("1", "2"))
+    assert (first["fvd"]["n_real"], first["rejected"]) == (3, 1)
+    assert (second["fvd"], second["rejected"]) == (first["fvd"], 1)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    hold(content)
+    whole, again = (evaluate(str(tmp_path / name), **given) for name in ("3", "4"))
+    assert (whole["fvd"]["n_real"], whole["rejected"]) == (4, 0)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    assert again["fvd"] == whole["fvd"]
+
+
 def test_where_noise_is_no_farther_than_real_videos_there_is_no_position(tmp_path: Path) -> None:
     for number in range(4):  # halves: black videos, and white ones
         for kind in ("real", "fake"):
@@ -262,7 +287,7 @@ def test_float32_is_never_tf32() -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
         for precision in ("32", "bf16"):
-            with precision_context(CPU, precision):  # type: ignore[arg-type]
+            with precision_context(CPU, precision):
                 assert not torch.backends.cudnn.allow_tf32
                 assert torch.get_float32_matmul_precision() == "highest"
                 assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
