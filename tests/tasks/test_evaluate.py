@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from dit_run import SIZE, make_run
 from praxino import checkpoint, stream, video
 from praxino.config import check_call, conf_dir, register_resolvers
+from praxino.data.clips import ClipSampler
 from praxino.data.synthetic import draw
 from praxino.data.transforms import Resize
+from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, NonFiniteError
 from praxino.metrics.frechet import frechet_distance
 from praxino.metrics.image import psnr, ssim
@@ -328,6 +330,24 @@ if __name__ == "__main__":
 """
 
 
+def spoil(picture: Path) -> None:
+    """Damage a file after the scan, so that only the process that decodes it finds out."""
+    status, size = picture.stat(), picture.stat().st_size
+    picture.write_bytes(picture.read_bytes()[: size // 2].ljust(size, b"\0"))
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("frames", [None, 5])
+def test_a_video_that_decays_after_the_scan_is_listed(vae: Path, tmp_path: Path, frames: int | None) -> None:
+    for name in ("good", "bad"):
+        video.write(tmp_path / "in" / name, draw(0, frames=5, size=16)[1], 8, "png")
+    find_usable(tmp_path / "in", ClipSampler(1), cache_dir=tmp_path / "cache")
+    spoil(sorted((tmp_path / "in" / "bad").iterdir())[2])
+    result = evaluated(vae, tmp_path / "in", tmp_path / "out", frames=frames, report=False)
+    assert (result["n"], result["rejected"]) == (1, 1)
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["path"] == "bad"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["clips", "whole"])
 def test_two_processes_write_the_bytes_of_one(
@@ -335,7 +355,9 @@ def test_two_processes_write_the_bytes_of_one(
 ) -> None:
     root = shutil.copytree(videos, tmp_path / "videos")
     frames = video.write(root / "damaged", draw(0, frames=9, size=[20, 26], seed=99)[1], 8, "png")
-    sorted(frames.iterdir())[2].write_bytes(b"no picture")  # which only the process that decodes it finds
+    for devices in ("1", "2"):
+        find_usable(root, ClipSampler(1), cache_dir=tmp_path / devices / "cache")
+    spoil(sorted(frames.iterdir())[2])
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -205,9 +205,9 @@ def evaluate_vae(
         if not whole:
             loader = reading.load(root, entries, share, pin=ranks.device.type == "cuda")
             return score_vae(model, loader, suite, watchers)
-        names = dict(list(enumerate(entry.path for entry in entries))[share])
+        mine = dict(list(enumerate(entries))[share])
         resize = None if reading.size is None else make_resize(reading.size)
-        return score_whole(model, root, names, reading.stride, resize, suite, watchers)
+        return score_whole(model, root, mine, reading.stride, resize, suite, watchers)
 
     scores = Scores(rejected=[r.to_json() for r in usable.rejected], short=[] if whole else reading.stretched(entries))
     for part in ranks.on_all(work):

@@ -276,7 +276,7 @@ def score_vae(
 def score_whole(
     model: VideoVAE,
     root: str | Path,
-    names: dict[int, str],
+    videos: dict[int, Entry],
     stride: int,
     resize: Resize | None,
     suite: PairSuite,
@@ -292,11 +292,12 @@ def score_whole(
     """
     device = next(model.parameters()).device
     recorder, clock = Recorder(suite, watchers), Stopwatch(device)
-    for place, name in names.items():
+    for place, entry in videos.items():
+        name = entry.path
         try:
             with Video(Path(root) / name) as video:
                 clip = Clip(video, None, stride, resize, None, WHOLE)
-                expected = -(-video.info.frames // stride)
+                expected = -(-entry.info.frames // stride)
                 recorder.begin([place], [name], [float(clip.fps)])
                 pieces = reconstructed(model, clip, device, clip.chunk if model.streamable else None, WHOLE)
                 for source, y in clock.each("reconstruct", pieces):
