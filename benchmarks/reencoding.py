@@ -113,7 +113,7 @@ def measure(model: Any, source: Path, work: Path, protocol: str, reading: Readin
     paths = [entry.path for entry in entries]
     trees = Trees(work, paths)
     if reading.frames is None:
-        scores = score_whole(model, source, dict(enumerate(paths)), 1, None, suite, [trees])
+        scores = score_whole(model, source, dict(enumerate(entries)), 1, None, suite, [trees])
     else:
         scores = score_vae(model, reading.load(source, entries), suite, [trees])
     memory: dict[str, Any] = {key: describe(row[key] for row in scores.table) for key in KEYS}

@@ -156,6 +156,8 @@ def test_links_loops_pipes_and_names(tmp_path, new_video):
     assert scan(root, cache_dir=tmp_path / "cache") == manifest  # names survive the cache
     manifest.write_rejected(tmp_path / "rejected.jsonl")
     assert [line["path"] for line in read_lines(tmp_path / "rejected.jsonl")] == sorted(reasons(manifest))
+    both = [*expected, "alias.mp4", "zz_hard.mp4"]
+    assert names(scan(root, cache_dir=tmp_path / "cache", aliases=True)) == sorted(both, key=os.fsencode)
     followed = scan(root, follow_links=True)
     assert names(followed) == names(manifest)  # far.mp4 is there already, and the loop ends
     (root / "linked.mp4").unlink()

@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from praxino.data.synthetic import draw
 from praxino.metrics.features import RandomFeatures
-from praxino.metrics.frechet import fit, frechet_distance, gaussian_distance
+from praxino.metrics.frechet import Moments, fit, frechet_distance, gaussian_distance
 from praxino.video import to_float
 
 
@@ -45,6 +45,23 @@ def test_the_fit_is_numpys_and_needs_two_samples() -> None:
         fit(x[:1])
     with pytest.raises(ValueError, match="widths"):
         frechet_distance(x, x[:, :2])
+
+
+def test_moments_of_parts_are_the_fit_of_all_in_any_order() -> None:
+    x = 50 + torch.randn(60, 5, generator=torch.Generator().manual_seed(2)).exp()
+    found = []
+    for order in (torch.arange(12), torch.arange(12).flip(0)):
+        first, second = Moments(), Moments()
+        for part in order.tolist():
+            (first if part % 3 else second).add(x[5 * part : 5 * part + 5])
+        first.merge(Moments())
+        first.merge(second)
+        found.append(first.fit())
+    for one, other, expected in zip(*found, fit(x), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="two or more"):
+        Moments().fit()
 
 
 def test_a_set_is_at_no_distance_from_itself_and_a_shift_is_its_square() -> None:

@@ -18,7 +18,7 @@ from praxino.official import save_official
 from praxino.tasks.benchmark import benchmark
 from praxino.tasks.contest import Fitted
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.pareto import front, pareto
+from praxino.tasks.pareto import front, pareto, points_of
 
 TINY: dict[str, Any] = {"base_channels": 8, "latent_dim": 4, "encoder_num_resblocks": 1, "decoder_num_resblocks": 1}
 TINY |= {"encoder_energy_flow_hidden_size": 8, "decoder_energy_flow_hidden_size": 8, "norm_type": "layernorm"}
@@ -130,3 +130,5 @@ def test_the_front_is_what_nothing_beats_in_both(tmp_path: Path) -> None:
     rows = [{"vae": name, "psnr": None, "ssim": 0.5, "decode_ms": cost} for cost, _, name in points]
     pareto(rows, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").exists()
+    rows = [{"vae": str(value), "flicker": value, "decode_ms": 1.0} for value in (-0.5, 0.1)]
+    assert [point[2] for point in front(points_of(rows, "decode_ms", "flicker"), less=True)] == ["0.1"]

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,16 +20,20 @@ from torch import Tensor, nn
 from dit_run import SIZE, make_run
 from praxino import checkpoint, stream, video
 from praxino.config import check_call, conf_dir, register_resolvers
+from praxino.data.clips import ClipSampler
 from praxino.data.synthetic import draw
 from praxino.data.transforms import Resize
+from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, NonFiniteError
 from praxino.metrics.frechet import frechet_distance
 from praxino.metrics.image import psnr, ssim
+from praxino.metrics.suite import PairSuite
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.compare import Gaussian
 from praxino.tasks.evaluate import evaluate
+from praxino.tasks.score import Recorder
 from praxino.tasks.shown import LONGEST, SIDE, Pictures, tagged
-from praxino.tasks.verdict import pooled
+from praxino.tasks.verdict import Judge, pooled
 
 TINY: dict[str, Any] = {
     "latent_dim": 3,
@@ -119,6 +125,28 @@ def test_clips_are_measured_in_memory(vae: Path, videos: Path, tmp_path: Path) -
     assert result["protocol"]["lpips"] == settings["lpips"]
 
 
+def test_padded_videos_are_counted_and_listed(vae: Path, videos: Path, tmp_path: Path) -> None:
+    result = evaluated(vae, videos, tmp_path / "1", frames=9, short="pad", shown=1)
+    names = [f"{'ba'[k % 2]}/{k:02d}.mp4" for k, frames in enumerate(LENGTHS) if frames < 9]
+    assert (result["n"], result["short"]["value"]) == (13, len(names))
+    rows = [json.loads(line) for line in (tmp_path / "1" / "short.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == sorted(names)
+    assert {row["reason"] for row in rows} == {"padded with its last frame"}
+    assert content(tmp_path / "1")["values"]["short"] == result["short"]
+    assert (result["protocol"]["batch"], result["protocol"]["step"]) == (1, None)
+    assert result["protocol"]["fingerprint"] == checkpoint.fingerprint(checkpoint.load(vae))
+    dropped = evaluated(vae, videos, tmp_path / "1", frames=9, report=False)
+    assert "short" not in dropped
+    assert not (tmp_path / "1" / "short.jsonl").exists()
+
+
+def content(out: Path) -> dict[str, Any]:
+    """What the script of a page is given."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', (out / "report.html").read_text())
+    assert found is not None
+    return json.loads(found[1])
+
+
 def test_pooled_errors_count_pixels() -> None:
     rows = [
         {"frames": 1, "height": 2, "width": 5, "mse": 0.1},
@@ -197,8 +225,9 @@ def test_statistics_of_the_real_set_are_kept(
     assert (first["fvd"]["n"], first["fvd"]["n_real"]) == (3, 13)
     assert (first["fid"]["n"], first["fid"]["n_real"]) == (9, 39)
     assert "distance" not in first
+    trees: dict[str, Any] = {key: given[key] for key in ("fake", "fvd", "cache_dir")} | {"real": str(fake)}
     with pytest.raises(ConfigError, match=r"fvd\.frames: whole videos"):
-        evaluate(str(tmp_path / "4"), **{**given, "paired": True, "real": str(fake)})
+        evaluate(str(tmp_path / "4"), **trees)
     with pytest.raises(ConfigError, match="i3d takes clips of 9 frames or more, not 5"):
         evaluate(str(tmp_path / "5"), **{**given, "fvd": {"detector": detector}})
 
@@ -210,6 +239,19 @@ def test_a_vae_that_gives_no_numbers_ends_it(videos: Path, tmp_path: Path) -> No
     checkpoint.save_official(broken, tmp_path / "vae")
     with pytest.raises(NonFiniteError, match=r"00\.mp4.* not finite"):
         evaluated(tmp_path / "vae", videos / "b", tmp_path / "out")
+
+
+def test_a_guilty_video_is_named() -> None:
+    recorder, x = Recorder(PairSuite(("psnr",))), torch.zeros(2, 3, 1, 4, 4)
+    recorder.begin([0, 1], ["good.mp4", "bad.mp4"], [25.0, 25.0])
+    with pytest.raises(NonFiniteError, match=r"the reconstruction of 'bad\.mp4' is not finite"):
+        recorder.add(x, torch.stack([x[0], x[1] + torch.inf]))
+
+
+def test_words_name_the_pixels_that_are_needed() -> None:
+    words = Judge.of(("ssim", "ms_ssim"), "valid", None, None, None).protocol()
+    assert words["ssim"].endswith("none under 11 pixels")
+    assert words["ms_ssim"].endswith("none under 176 pixels")
 
 
 def test_the_page_shows_the_worst_the_best_and_others() -> None:
@@ -253,7 +295,10 @@ def test_predictions_are_measured_against_the_truth(run: Path, square: Path, tmp
     written = json.loads((tmp_path / "predictions" / "metrics.json").read_text())
     for ours, theirs in (("psnr", "sample"), ("psnr_mean", "mean"), ("psnr_copy_last", "copy_last")):
         assert result[ours]["mean"] == pytest.approx(written["psnr"][theirs], abs=0.05)  # files have 8 bits
-    assert result["gain"]["value"] == written["gain"]["sample"]
+    rows = table(tmp_path).values()
+    gain = sum(row["psnr"] - row["psnr_copy_last"] for row in rows) / 4
+    assert result["gain"]["value"] == pytest.approx(gain, abs=1e-12)  # of the rows, not of `predict`
+    assert result["gain"]["value"] == pytest.approx(written["gain"]["sample"], abs=0.05)
     truth, full = (video.read(tmp_path / "predictions" / kind / "0.mp4", index_dir=None) for kind in ("truth", "full"))
     x, y = (video.to_float(frames[5:])[None] for frames in (truth, full))
     assert table(tmp_path)["0.mp4"]["psnr"] == pytest.approx(float(psnr(x, y)), abs=1e-9)
@@ -285,16 +330,39 @@ if __name__ == "__main__":
 """
 
 
+def spoil(picture: Path) -> None:
+    """Damage a file after the scan, so that only the process that decodes it finds out."""
+    status, size = picture.stat(), picture.stat().st_size
+    picture.write_bytes(picture.read_bytes()[: size // 2].ljust(size, b"\0"))
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("frames", [None, 5])
+def test_a_video_that_decays_after_the_scan_is_listed(vae: Path, tmp_path: Path, frames: int | None) -> None:
+    for name in ("good", "bad"):
+        video.write(tmp_path / "in" / name, draw(0, frames=5, size=16)[1], 8, "png")
+    find_usable(tmp_path / "in", ClipSampler(1), cache_dir=tmp_path / "cache")
+    spoil(sorted((tmp_path / "in" / "bad").iterdir())[2])
+    result = evaluated(vae, tmp_path / "in", tmp_path / "out", frames=frames, report=False)
+    assert (result["n"], result["rejected"]) == (1, 1)
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["path"] == "bad"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["clips", "whole"])
 def test_two_processes_write_the_bytes_of_one(
     vae: Path, videos: Path, detector: str, tmp_path: Path, whole: bool
 ) -> None:
+    root = shutil.copytree(videos, tmp_path / "videos")
+    frames = video.write(root / "damaged", draw(0, frames=9, size=[20, 26], seed=99)[1], 8, "png")
+    for devices in ("1", "2"):
+        find_usable(root, ClipSampler(1), cache_dir=tmp_path / devices / "cache")
+    spoil(sorted(frames.iterdir())[2])
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for devices in ("1", "2"):
-        command = [sys.executable, str(script), str(vae), str(videos), str(tmp_path / devices), devices, detector]
+        command = [sys.executable, str(script), str(vae), str(root), str(tmp_path / devices), devices, detector]
         done = subprocess.run(
             [*command, str(whole)], env=environment, capture_output=True, text=True, timeout=200, check=False
         )
@@ -304,6 +372,9 @@ def test_two_processes_write_the_bytes_of_one(
         assert one == two, name
     one, two = (json.loads((tmp_path / devices / "metrics.json").read_text()) for devices in ("1", "2"))
     assert {**one, "seconds": 0, "command": 0} == {**two, "seconds": 0, "command": 0}
-    assert (one["n"], one["rejected"]) == (13, 1)
-    pages = [(tmp_path / devices / "report.html").read_text().split('"command"')[0] for devices in ("1", "2")]
-    assert pages[0][:5000] == pages[1][:5000]
+    assert (one["n"], one["rejected"]) == (13, 2)
+    rejected = [json.loads(line)["path"] for line in (tmp_path / "2" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected == ["broken.mp4", "damaged"]
+    pages = [content(tmp_path / devices) for devices in ("1", "2")]
+    assert {**pages[0], "command": ""} == {**pages[1], "command": ""}
+    assert pages[0]["clips"]

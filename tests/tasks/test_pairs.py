@@ -1,6 +1,7 @@
 """Two trees: what pairs, and one clear message for each kind of entry that does not."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from praxino import video
 from praxino.data.synthetic import draw
 from praxino.errors import DataError
+from praxino.tasks.common import stem
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.pairs import find_pairs, read_tree
+from praxino.tasks.score import Reading
 
 
 def write(path: Path, frames: int = 3, size: int = 16, codec: str | None = "lossless", seed: int = 0) -> None:
@@ -92,3 +95,31 @@ def test_two_files_are_a_pair(tmp_path: Path) -> None:
     result = evaluate(str(tmp_path / "out"), real=str(tmp_path / "a.mp4"), fake=str(tmp_path / "b.mp4"))
     assert result["n"] == 1
     assert result["psnr"]["mean"] < 100
+
+
+def test_folders_of_frames_have_no_suffix(tmp_path: Path) -> None:
+    for name, codec in (("shot.01", "png"), ("take.1", "png"), ("take.2", "png"), ("film.mov", "lossless")):
+        write(tmp_path / "real" / name, codec=codec)
+        write(tmp_path / "fake" / f"{stem(name)}.mp4")
+    (tmp_path / "fake" / "take.2.mp4").unlink()
+    pairs, problems = find_pairs(*(read_tree(str(tmp_path / side), str(tmp_path / "c")) for side in ("real", "fake")))
+    assert [pair.name for pair in pairs] == ["film.mp4", "shot.01.mp4", "take.1.mp4"]
+    assert [(problem.kind, problem.path) for problem in problems] == [("missing", "take.2")]
+
+
+def test_a_file_with_two_names_counts_twice(tmp_path: Path) -> None:
+    for side in ("real", "fake"):
+        write(tmp_path / side / "a.mp4")
+    os.link(tmp_path / "real" / "a.mp4", tmp_path / "real" / "b.mp4")
+    (tmp_path / "fake" / "b.mp4").symlink_to("a.mp4")
+    trees = [read_tree(str(tmp_path / side), str(tmp_path / "c")) for side in ("real", "fake")]
+    assert [pair.name for pair in find_pairs(*trees)[0]] == ["a.mp4", "b.mp4"]
+    assert len(Reading(frames=2).find(tmp_path / "real").entries) == 2
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", "[1]\n", '{"path": "a.mp4"}\n'])
+def test_a_foreign_list_of_reconstructions_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a.mp4")
+    (tmp_path / "reconstructions.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"reconstructions\.jsonl lists no files of praxino"):
+        read_tree(str(tmp_path), str(tmp_path / "c"))

@@ -70,7 +70,7 @@ RECONSTRUCTION = Report(
     rows=ROWS,
     horizon={
         "psnr": {"frame": list(range(17)), "mean": [30 - k / 10 for k in range(17)]},
-        "difference": {"frame": list(range(3)), "mean": [None, 0.25, 0.5]},
+        "difference": {"frame": list(range(3)), "mean": [None, 0.25, 0.5], "n": [0, 5, 2]},
     },
     clips=CLIPS,
     rejected=[{"path": "broken.mp4", "reason": "decode", "detail": "<no> frames"}],
@@ -488,6 +488,18 @@ def test_figures(page: Page, pages: dict[str, Path]) -> None:
         "Best",
         "Spread",
     ]
+
+
+def test_curves_tell_of_how_many_videos_they_are(page: Page, pages: dict[str, Path]) -> None:
+    page.open(pages["reconstruction"])
+    told = "[...document.querySelectorAll('#frames .legend span:first-child')].map(span => span.textContent)"
+    assert page.run(told) == ["by frame", "by frame, of 0 to 5 videos"]
+    assert page.run("document.querySelectorAll('#frames .chart:last-child path[style]').length") == 1, "n is no curve"
+    page.run(
+        "[...document.querySelectorAll('#frames svg')].forEach(svg => svg.dispatchEvent(new PointerEvent("
+        "'pointermove', {clientX: svg.getBoundingClientRect().right})))"
+    )
+    assert page.run(told) == ["frame 16", "frame 2, 2 videos"]
 
 
 def test_bars_count_the_videos(page: Page, pages: dict[str, Path], tmp_path: Path) -> None:

@@ -225,6 +225,12 @@ def test_names_and_chunks() -> None:
     assert output_names(["a/x.webm", "a/y.gif", "b/x.mp4"]) == ["a/x.mp4", "a/y.mp4", "b/x.mp4"]
     assert output_names(["x.webm", "X.mp4", "y.mkv"]) == ["x.webm.mp4", "X.mp4.mp4", "y.mp4"]
     assert len(set(output_names(["a.mp4", "a.webm", "a.webm.avi"]))) == 3
+    assert output_names(["shot.01", "a/take.1", "a/take.2", "b/c.v1_*"]) == [  # folders of frames have no suffix
+        "shot.01.mp4",
+        "a/take.1.mp4",
+        "a/take.2.mp4",
+        "b/c.v1_*.mp4",
+    ]
     assert [fitting_chunk(*size) for size in ((16, 16), (256, 256), (1080, 1920), (4320, 7680))] == [64, 16, 1, 1]
 
 

@@ -85,6 +85,7 @@ def scan(
     *,
     images: bool = False,
     follow_links: bool = False,
+    aliases: bool = False,
     workers: int | None = None,
     timeout: float = 60.0,
     cache_dir: str | Path | None = None,
@@ -100,6 +101,7 @@ def scan(
     Args:
         images: take lone pictures as videos of one frame.
         follow_links: go into folders that are links; each real folder is visited once.
+        aliases: keep a file under every name that it has: nothing is trained or split.
         workers: processes, None for one per core.
         timeout: seconds for a file, and one more for each 2 MB of it.
         cache_dir: None for the user's cache.
@@ -111,7 +113,7 @@ def scan(
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise ConfigError(f"{root!a} {'is not a directory' if os.path.exists(root) else 'does not exist'}")
-    tree = _walk(root, images, follow_links)
+    tree = _walk(root, images, follow_links, aliases)
     folder = _open_cache(Path(cache_dir).expanduser() if cache_dir is not None else default_index_dir().parent)
     cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl" if folder else None
     known = _load(cache) if cache else {}
@@ -149,7 +151,7 @@ def fingerprint(entries: Sequence[Listed]) -> str:
     return digest.hexdigest()
 
 
-def _walk(root: str, images: bool, follow_links: bool) -> _Tree:
+def _walk(root: str, images: bool, follow_links: bool, aliases: bool) -> _Tree:
     """Collect what could be a video, in the order of the bytes of the paths, without opening any file."""
     tree = _Tree(root, folders=[""])
     visited = set()
@@ -169,7 +171,7 @@ def _walk(root: str, images: bool, follow_links: bool) -> _Tree:
     unique = []
     for file in sorted(tree.files, key=lambda file: (file[0], os.fsencode(file[1]))):
         device, inode = file[4]
-        if inode and (device, inode) in seen:
+        if inode and (device, inode) in seen and not aliases:
             tree.ignored += 1
         else:
             seen.add((device, inode))

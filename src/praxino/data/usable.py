@@ -18,6 +18,7 @@ from praxino.errors import DataError
 log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=Listed)
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,6 +40,7 @@ def find_usable(
     *,
     images: bool = False,
     follow_links: bool = False,
+    aliases: bool = False,
     workers: int | None = None,
     timeout: float = 60.0,
     cache_dir: str | Path | None = None,
@@ -48,12 +50,14 @@ def find_usable(
     """Scan a tree and keep what can give clips; raises DataError where that is nothing.
 
     Args:
+        aliases: keep a file under every name that it has in the tree: to measure, not to train.
         limit: keep that many videos, evenly spread over the sorted paths.
     """
     manifest = scan(
         root,
         images=images,
         follow_links=follow_links,
+        aliases=aliases,
         workers=workers,
         timeout=timeout,
         cache_dir=cache_dir,
@@ -77,10 +81,10 @@ def find_usable(
     return Usable(manifest.root, spread(entries, limit), rejected, notes)
 
 
-def spread(entries: list[L], limit: int | None) -> list[L]:
+def spread(entries: Sequence[T], limit: int | None) -> list[T]:
     """Keep at most `limit` entries, evenly spread."""
     if limit is None or limit >= len(entries):
-        return entries
+        return list(entries)
     return [entries[place * len(entries) // limit] for place in range(limit)]
 
 

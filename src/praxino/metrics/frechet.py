@@ -34,6 +34,44 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean) / math.sqrt(len(x) - 1)
 
 
+class Moments:
+    """Sums of features and of their products, where the features of all samples are too many to be kept.
+
+    What rounding takes from a sum is summed beside it (Neumaier 1974): the order of the samples changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums = self.lost = torch.zeros((), dtype=torch.float64)  # (1 + D, D): of features, and of products
+
+    def add(self, x: Tensor) -> None:
+        """Add features `(N, D)`."""
+        x = double(x).cpu()
+        self.count += len(x)
+        self._sum(torch.cat([x.sum(0, keepdim=True), x.T @ x]))
+
+    def merge(self, other: "Moments") -> None:
+        """Add all that another one has seen."""
+        if other.count:
+            self.count += other.count
+            self._sum(other.sums)
+            self.lost = self.lost + other.lost
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """Return mean and unbiased covariance, as `fit` does."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} samples: a covariance takes two or more.")
+        total, *products = (self.sums + self.lost).split([1, self.sums.shape[1]])
+        mean = total[0] / self.count
+        return mean, (products[0] - mean[:, None] * total) / (self.count - 1)
+
+    def _sum(self, x: Tensor) -> None:
+        total = self.sums + x
+        part = total - self.sums
+        self.lost = self.lost + (self.sums - (total - part)) + (x - part)
+        self.sums = total
+
+
 def gaussian_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
     """Return the distance of two Gaussians, means `(D,)` and covariances `(D, D)`, of any rank."""
     return distance(mean_x, root(cov_x), mean_y, root(cov_y))

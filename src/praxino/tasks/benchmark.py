@@ -18,6 +18,7 @@ from praxino.data.transforms import Size
 from praxino.errors import ConfigError, DataError, PraxinoError
 from praxino.metrics.image import Window
 from praxino.tasks.common import (
+    FLOAT32,
     Precision,
     at_least,
     check_outside,
@@ -34,10 +35,11 @@ from praxino.tasks.common import (
 from praxino.tasks.contest import BITS, MEMORY, Contender, Contest
 from praxino.tasks.pareto import pareto
 from praxino.tasks.plot import names_of
+from praxino.tasks.protocol import changes
 from praxino.tasks.report import Clip, Report, write_report
 from praxino.tasks.score import Reading, Row
 from praxino.tasks.shown import ORIGINAL, RECONSTRUCTION
-from praxino.tasks.verdict import Judge, changes
+from praxino.tasks.verdict import Judge, note_short
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +127,16 @@ def benchmark(
         raise DataError(f"none of {len(vaes)} VAEs could be judged; {failed[-1]['vae']}: {failed[-1]['reason']}")
     rejected = [rejection.to_json() for rejection in usable.rejected] + ready[0].scores.rejected
     settings: Row = {"protocol": protocols} if protocols else {}
-    settings |= {"root": data["root"], **reading.protocol(), "weights": weights, "precision": precision}
+    settings |= {"vaes": {contender.name: contender.identity for contender in ready}, "root": data["root"]}
+    settings |= {**reading.protocol(), "batch": batch, "weights": weights, "precision": precision}
     settings |= {"latent": "posterior mean", "reconstruction": "clamped, not rounded", **judge.protocol()}
+    settings |= {**contest.distances, "float32": FLOAT32}
     settings |= {
         "time": f"of one clip, median of {repeats} rounds of all VAEs in turn, after {WARM_UP} that does not count"
     }
     settings |= {"peak_mib": MEMORY[chosen.type == "cuda"], "bits_per_pixel": f"latents at {BITS} bits a number"}
-    return publish(ready, failed, rejected, settings, target, report)
+    padded = note_short(target, reading.stretched(usable.entries))
+    return publish(ready, failed, rejected, padded, settings, target, report, versions(chosen))
 
 
 def hold(contest: Contest, field: Sequence[Contender], weights: Literal["ema", "raw"], repeats: int) -> list[Row]:
@@ -148,7 +153,7 @@ def hold(contest: Contest, field: Sequence[Contender], weights: Literal["ema", "
             failed.append({"vae": contender.name, "path": contender.path, "reason": reason})
             contender.model = None
 
-    steps: list[Callable[[Contender], None]] = [lambda c: c.open(weights), contest.judge]
+    steps: list[Callable[[Contender], None]] = [lambda c: c.open(weights), contest.score]
     steps += [lambda c: contest.time(c, counts=False)] * WARM_UP + [contest.time] * repeats
     steps += [lambda c: contest.weigh(c, weights)]
     for number, step in enumerate(steps):
@@ -159,12 +164,19 @@ def hold(contest: Contest, field: Sequence[Contender], weights: Literal["ema", "
 
 
 def publish(
-    ready: Sequence[Contender], failed: list[Row], rejected: list[Row], protocol: Row, target: Path, report: bool
+    ready: Sequence[Contender],
+    failed: list[Row],
+    rejected: list[Row],
+    values: Row,
+    protocol: Row,
+    target: Path,
+    report: bool,
+    libraries: Row,
 ) -> Row:
     """Write all files and print the table."""
     rows, command = [contender.row() for contender in ready], shlex.join(redacted(sys.argv))
-    result: Row = {"vaes": rows, "failed": failed, "rejected": len(rejected), "protocol": protocol}
-    result |= {"versions": versions(), "command": command}
+    result: Row = {"vaes": rows, "failed": failed, "rejected": len(rejected), **values, "protocol": protocol}
+    result |= {"versions": libraries, "command": command}
     write_csv(target / "leaderboard.csv", rows)
     write_jsonl(target / "rejected.jsonl", rejected)
     write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
@@ -172,7 +184,9 @@ def publish(
     title = f"{len(rows)} autoencoders on {rows[0]['videos']} videos"
     if report:
         left_out = [*failed, *rejected]
-        page = Report(title, "leaderboard", {}, {}, rows, {}, gallery(ready), left_out, protocol, versions(), command)
+        page = Report(
+            title, "leaderboard", {}, values, rows, {}, gallery(ready), left_out, protocol, libraries, command
+        )
         write_report(target / "report.html", page)
     columns = {key: head for key, head in HEADS.items() if rows[0].get(key) is not None}
     show_table(

@@ -28,24 +28,28 @@ from praxino.data.transforms import Resize, Size
 from praxino.errors import ConfigError, NonFiniteError, StorageError
 from praxino.metrics.suite import PairSuite
 from praxino.models.vae import VideoVAE, check_clip
+from praxino.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 __all__ = ["check_clip"]
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["32", "bf16"]
+FLOAT32 = "without TF32"  # what `precision_context` sees to, for protocols
+PACKAGES = ("praxino", "torch", "lightning", "hydra-core", "torchmetrics", "lpips", "torchvision", "av", "numpy")
 
 
-def versions() -> dict[str, Any]:
-    """Return what a result depends on: the libraries, the interpreter, the machine."""
+def versions(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what a result depends on: libraries, interpreter, machine, and the device (None: any that is there)."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("praxino", "torch", "lightning", "hydra-core", "torchmetrics", "av", "numpy"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
     found["cuda"] = torch.version.cuda
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    kind = device.type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     found["threads"] = torch.get_num_threads()
     return found
 
@@ -136,9 +140,18 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def precision_context(device: torch.device, precision: Precision) -> Any:
-    """Return the autocast context of a precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+@contextmanager
+def precision_context(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Compute under autocast if the precision is bf16; what is in float32 is never in TF32, cuDNN's default."""
+    tf32, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(products)
 
 
 def at_least(bound: int, **settings: int | None) -> None:
@@ -179,6 +192,13 @@ def mean_of(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
     """Return the mean of a column over the rows that have a value in it."""
     values = [row[key] for row in rows if row[key] is not None]
     return sum(values) / len(values) if values else None
+
+
+def stem(path: str) -> str:
+    """Return the path of a video without the suffix of its file; a folder of frames, or `prefix*` in one, has none."""
+    name, suffix = os.path.splitext(path)
+    file = suffix.lower() in VIDEO_SUFFIXES or (suffix.lower() in IMAGE_SUFFIXES and "*" not in name)
+    return name if file else path
 
 
 def write_atomic(path: Path, text: str) -> None:

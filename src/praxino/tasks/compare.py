@@ -1,32 +1,32 @@
 """Compare sets of videos by the Frechet distance of features: of reconstructions, and of sets without partners."""
 
-import hashlib
-import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from praxino.checkpoint import replace
 from praxino.data.scan import Entry, fingerprint
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.detector import LEAST_FRAMES, Detector, TorchScriptDetector
 from praxino.metrics.features import RandomFeatures
-from praxino.metrics.frechet import fit, frechet_distance, gaussian_distance
+from praxino.metrics.frechet import frechet_distance, gaussian_distance
+from praxino.tasks.collect import Collected, Features, Gaussian, place_of, stack
 from praxino.tasks.common import write_jsonl
 from praxino.tasks.ranks import Ranks
 from praxino.tasks.score import Reading, Row
 from praxino.video import to_float
 from praxino.video.index import default_index_dir
 
+log = logging.getLogger(__name__)
+
 RANDOM = "of a convolutional network with random weights, seed 0"
-Features = dict[int, Tensor]  # (n, D) by the place of a video: a clip has one, or each of its frames
+LEAST_REAL, LEAST_OTHERS = 4, 2  # clips, without a detector
+FRAMES = 32  # at once through a detector
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Fvd:
         sha256: of the file, or its first digits.
         size: resize frames first; None: as the clips are (I3D and Inception resize on their own).
         frames: of a clip, its first ones at `stride`; None: all.
-        per_batch: the mean of the distances within each batch, too, as published tables hold it: it is no distance of
-            sets, and without the covariances where a batch is one clip.
+        per_batch: of pairs the mean of the distances within each batch, too, as published tables hold it: it is no
+            distance of sets, and without the covariances where a batch is one clip.
     """
 
     detector: str | None = None
@@ -65,7 +65,8 @@ class Fid:
 class SetDistance:
     """Collects the features of originals and reconstructions while they are scored, as a `Watcher`.
 
-    `known` are the statistics of the originals that an earlier run left in `place`.
+    `known` are the statistics of the originals that an earlier run left in `place`; `short` counts the videos that are
+    too short for a clip.
     """
 
     def __init__(self, name: str, settings: Fvd | Fid, detector: Detector) -> None:
@@ -74,7 +75,7 @@ class SetDistance:
         self.frames = settings.frames if isinstance(settings, Fvd) else None
         self.known: Gaussian | None = None
         self.place: Path | None = None
-        self.real, self.fake = Features(), Features()
+        self.real, self.fake, self.short = Collected(self.single), Collected(self.single), 0
 
     def begin(self, places: Sequence[int], fps: Sequence[float]) -> None:
         self.places, self.seen, self.held = places, 0, list[list[Tensor]]()
@@ -94,74 +95,51 @@ class SetDistance:
     def end(self, rows: Sequence[Row]) -> None:
         """Write down the features; a video that is too short for a clip has none."""
         if self.frames is not None and (self.seen - 1) // self.settings.stride + 1 < self.frames:
+            self.short += len(self.places)
             return
         for found, pieces in zip((self.fake, self.real), zip(*self.held, strict=True), strict=False):
             features = torch.cat(pieces, dim=1) if self.single else self.detect(torch.cat(pieces, dim=2))
-            found |= dict(zip(self.places, features, strict=True))
+            found.add(self.places, features)
 
-    def collect(self, found: Features, places: Sequence[int], video: Tensor) -> None:
+    def collect(self, found: Collected, places: Sequence[int], video: Tensor) -> None:
         """Add the features of clips that are read at once."""
-        video = video[:, :, :: self.settings.stride][:, :, : self.frames]
-        if video.shape[2] == (self.frames or video.shape[2]):
-            found |= dict(zip(places, self.detect(video), strict=True))
+        found.add(places, self.detect(video[:, :, :: self.settings.stride][:, :, : self.frames]))
 
     def detect(self, video: Tensor) -> Tensor:
-        """Return the features `(B, n, D)` of videos."""
+        """Return the features `(B, n, D)` of videos, in full precision whatever the VAE runs in."""
         batch = len(video)
-        if self.single and not self.detector.frames:
+        if self.single:
             video = video.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B t, 3, 1, H, W)
-        return self.detector(video).unflatten(0, (batch, -1)).float().cpu()
+        with torch.autocast(video.device.type, enabled=False):
+            parts = [self.detector(part) for part in video.split(FRAMES if self.single else batch)]
+        return torch.cat(parts).unflatten(0, (batch, -1)).float().cpu()
 
     def protocol(self) -> Row:
         """Return what the distance depends on, but for the clips."""
         return asdict(self.settings) | {"detector": self.detector.name, "sha256": self.detector.fingerprint}
 
-    def distance(self, real: "Gaussian", fake: Features, batches: Sequence[Sequence[int]], reals: Features) -> Row:
-        """Return the distance from the real set, with the number of features, and the mean over batches if asked."""
-        found = Gaussian.of(fake)
+    def distance(self, real: Gaussian | None, fake: Gaussian | None, n: int, n_real: int) -> Row:
+        """Return the distance, of so many features, or why there is none."""
         unit = "frames" if self.single else "clips"
-        value = gaussian_distance(real.mean, real.covariance, found.mean, found.covariance)
-        note = f"{found.count} {unit} against {real.count} real ones, features of {self.detector.name}"
-        result: Row = {self.name: {"value": value, "note": note, "n": found.count, "n_real": real.count}}
-        if isinstance(self.settings, Fvd) and self.settings.per_batch and reals:
-            parts = [[place for place in batch if place in fake] for batch in batches]
-            scores = [within(stack(reals, part), stack(fake, part)) for part in parts if part]
-            note = f"mean over {len(scores)} batches: to reproduce published columns, no distance of sets"
-            result[f"{self.name}_per_batch"] = {"value": sum(scores) / len(scores), "note": note}
-        return result
+        if real is None or fake is None:
+            least = f", of fvd.frames={self.frames} at fvd.stride={self.settings.stride}" if self.frames else ""
+            return self.missing(f"not measured: it takes two {unit} or more of each set{least}", n, n_real)
+        value = gaussian_distance(real.mean, real.covariance, fake.mean, fake.covariance)
+        note = f"{n} {unit} against {n_real} real ones, features of {self.detector.name}"
+        return {"value": value, "note": note, "n": n, "n_real": n_real}
+
+    def missing(self, reason: str, n: int, n_real: int) -> Row:
+        """Return the row of a distance that is not there, and say so."""
+        log.warning("%s %s", self.name, reason)
+        return {"value": None, "note": reason, "n": n, "n_real": n_real}
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean `(D,)` and covariance `(D, D)` of so many features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, features: Features) -> "Gaussian":
-        """Fit the features of a set."""
-        if (count := sum(map(len, features.values()))) < 2:
-            raise DataError(f"{count} features are no set: give two clips or more, as long as fvd.frames at fvd.stride")
-        mean, covariance = fit(stack(features, sorted(features)))
-        return cls(mean, covariance, count)
-
-    def save(self, path: Path) -> None:
-        """Write it whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
-        replace(path, lambda temporary: save_file(content, temporary))
-
-    @classmethod
-    def load(cls, path: Path) -> "Gaussian | None":
-        """Read it, if it is there and whole."""
-        try:
-            with safe_open(path, "pt") as file:
-                mean, covariance, count = (file.get_tensor(key) for key in ("mean", "covariance", "count"))
-        except (OSError, SafetensorError):
-            return None
-        return cls(mean, covariance, int(count))
+def mean_over_batches(batches: Sequence[Sequence[int]], real: Features, fake: Features) -> Row:
+    """Return the mean of the distances within each batch that has features."""
+    parts = [part for batch in batches if (part := [place for place in batch if place in fake])]
+    scores = [within(stack(real, part), stack(fake, part)) for part in parts]
+    note = f"mean over {len(scores)} batches: to reproduce published columns, no distance of sets"
+    return {"value": sum(scores) / len(scores) if scores else None, "note": note}
 
 
 def within(real: Tensor, fake: Tensor) -> float:
@@ -169,11 +147,6 @@ def within(real: Tensor, fake: Tensor) -> float:
     if len(real) > 1:
         return frechet_distance(real, fake)
     return float((real.double() - fake.double()).square().sum())
-
-
-def stack(features: Features, places: Sequence[int]) -> Tensor:
-    """Return features `(N, D)` in the order of the places."""
-    return torch.cat([features[place] for place in places])
 
 
 def open_distances(fvd: Fvd, fid: Fid, frames: int | None, device: torch.device) -> list[SetDistance]:
@@ -187,6 +160,9 @@ def open_distances(fvd: Fvd, fid: Fid, frames: int | None, device: torch.device)
     if fvd.detector and count < LEAST_FRAMES[fvd.kind]:
         least = LEAST_FRAMES[fvd.kind]
         raise ConfigError(f"fvd: {fvd.kind} takes clips of {least} frames or more, not {count}: use frames=17")
+    if fvd.detector and frames is not None and count > -(-frames // fvd.stride):
+        least = (count - 1) * fvd.stride + 1
+        raise ConfigError(f"fvd.frames={count} at fvd.stride={fvd.stride}: frames={frames} are too few: use {least}")
     both: tuple[tuple[str, Fvd | Fid], ...] = ("fvd", fvd), ("fid", fid)
     for name, settings in both:
         if settings.detector:
@@ -203,31 +179,59 @@ def known_statistics(
     """Look for the statistics of a real set: a file for each protocol, detector and state of the files."""
     folder = default_index_dir().parent if reading.cache_dir is None else Path(reading.cache_dir).expanduser()
     for distance in distances:
-        facts = [reading.protocol(), distance.protocol(), fingerprint(entries), str(Path(root).absolute())]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        distance.place = folder / "statistics" / f"{key}.safetensors"
+        facts = reading.protocol(), distance.protocol(), fingerprint(entries), str(Path(root).absolute())
+        distance.place = place_of(folder, facts)
         if not (isinstance(distance.settings, Fvd) and distance.settings.per_batch):  # which needs the features
             distance.known = ranks.on_first(lambda place=distance.place: Gaussian.load(place))  # type: ignore[misc]
 
 
-def settle(distance: SetDistance, batches: Sequence[Sequence[int]], ranks: Ranks) -> Row:
-    """Put the features of all processes together and return the distance; keep the statistics of the real set."""
-    parts = ranks.on_all(lambda: (distance.real, distance.fake))
-    real, fake = ({place: f for part in parts for place, f in part[side].items()} for side in (0, 1))
+def settle(
+    distance: SetDistance, batches: Sequence[Sequence[int]], ranks: Ranks, real_videos: int | None = None
+) -> Row:
+    """Put the features of all processes together and return the distance; keep the statistics of a real set.
+
+    Kept are those of all its videos alone, and they serve where all were measured, so that it makes no difference
+    whether they are there.
+
+    Args:
+        batches: of pairs; empty for sets without partners, whose real one has `real_videos`.
+    """
+    parts = ranks.on_all(lambda: (distance.real, distance.fake, distance.short))
+    expected = sum(map(len, batches)) if real_videos is None else real_videos
 
     def finish() -> Row:
-        statistics = distance.known or Gaussian.of(real)
-        whole = len(real) == len(fake) == sum(map(len, batches)) or not batches
-        if distance.place and whole and not distance.known:  # not of those alone that this model takes
+        reals, fakes, shorts = zip(*parts, strict=True)
+        real, fake = (Collected(distance.single).merge(found) for found in (reals, fakes))
+        short = sum(shorts)
+        statistics, found = distance.known or real.gaussian(), fake.gaussian()
+        n_real = distance.known.count if distance.known else real.count
+        if distance.known and batches and len(fake.places) + short < expected:
+            reason = f"not measured: {expected - len(fake.places) - short} videos failed that could be read before"
+            result = {distance.name: distance.missing(reason, fake.count, n_real)}
+        else:
+            result = {distance.name: distance.distance(statistics, found, fake.count, n_real)}
+        if distance.place and statistics and not distance.known and len(real.places) + short == expected:
             statistics.save(distance.place)
-        return distance.distance(statistics, fake, batches, real)
+        if short:
+            log.warning("%s leaves out %d videos: shorter than its clips", distance.name, short)
+            result[distance.name] |= {"short": short}
+            result[distance.name]["note"] += f"; {short} videos are too short"
+        if isinstance(distance.settings, Fvd) and distance.settings.per_batch and batches:
+            result[f"{distance.name}_per_batch"] = mean_over_batches(batches, real.features, fake.features)
+        return result
 
     return ranks.on_first(finish)
 
 
 # ----------------------------------------------------------------------------------------------------- without partners
 def compare_sets(
-    real: str, fake: str, reading: Reading, distances: Sequence[SetDistance], target: Path, ranks: Ranks
+    real: str,
+    fake: str,
+    reading: Reading,
+    made: Reading,
+    distances: Sequence[SetDistance],
+    target: Path,
+    ranks: Ranks,
 ) -> tuple[Row, list[Row], dict[str, list[Entry]]]:
     """Measure how far the videos under `fake` are from those under `real`, by a clip of each.
 
@@ -236,15 +240,19 @@ def compare_sets(
     normal in each pixel with mean and deviation of each colour of the real videos. All sets are of one size, for the
     distance depends on it.
 
+    Args:
+        made: how `fake` is read, `real` by `reading`.
+
     Returns:
         the figures, what was passed over, and the videos of both trees.
     """
-    usable = {root: ranks.on_first(lambda root=root: reading.find(root)) for root in (real, fake)}  # type: ignore[misc]
+    readings = {real: reading, fake: made}
+    usable = {root: ranks.on_first(lambda root=root: readings[root].find(root)) for root in readings}  # type: ignore[misc]
     entries = {root: found.entries for root, found in usable.items()}
     rejected = [rejection.to_json() for found in usable.values() for rejection in found.rejected]
 
     def videos(root: str) -> Iterator[tuple[list[int], Tensor]]:
-        loader = reading.load(root, entries[root], slice(ranks.rank, None, ranks.world))
+        loader = readings[root].load(root, entries[root], slice(ranks.rank, None, ranks.world))
         return load(loader, failed)
 
     failed: list[Row] = []
@@ -253,7 +261,8 @@ def compare_sets(
         reals, fakes, lists = zip(*result, strict=True)
         rejected += [row for rows in lists for row in rows]
         ranks.on_first(lambda: write_jsonl(target / "rejected.jsonl", rejected))
-        counts = f"clips under {real}", f"under {fake}: 4 real ones and 2 others are the least; see {target}"
+        least = f"{LEAST_REAL} real ones and {LEAST_OTHERS} others are the least"
+        counts = f"clips under {real}", f"under {fake}: {least}; see {target}"
         values = ranks.on_first(lambda: place_between(merge(reals), merge(fakes), reading.batch, counts))
         return values, rejected, entries
     known_statistics(distances, real, entries[real], reading, ranks)
@@ -273,7 +282,9 @@ def compare_sets(
     ranks.on_first(lambda: write_jsonl(target / "rejected.jsonl", rejected))
     values = {}
     for distance in distances:
-        values |= settle(distance, (), ranks)
+        values |= settle(distance, (), ranks, len(entries[real]))
+    if all(value["value"] is None for value in values.values()):
+        raise DataError("; ".join(f"{name}: {value['note']}" for name, value in values.items()))
     return values, rejected, entries
 
 
@@ -298,6 +309,7 @@ class Survey:
 
 
 @torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
 def survey(videos: Iterable[tuple[list[int], Tensor]]) -> Survey:
     """Look at a set of clips."""
     net, features, sums, pixels, shape = RandomFeatures(), Features(), dict[int, Tensor](), 0, tuple[int, ...]()
@@ -318,10 +330,14 @@ def merge(surveys: Iterable[Survey]) -> Survey:
 
 
 @torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
 def place_between(real: Survey, fake: Survey, batch: int, counts: tuple[str, str]) -> Row:
-    """Return distance, floor, ceiling, position (0 at the floor, 1 at the ceiling), and n of a set."""
+    """Return distance, floor, ceiling, position (0 at the floor, 1 at the ceiling), and n of a set.
+
+    The position is None where few clips leave the ceiling no higher than the floor.
+    """
     n = min(len(real.features) // 2, len(fake.features))
-    if n < 2:
+    if n < LEAST_OTHERS:
         raise DataError(f"{len(real.features)} {counts[0]} and {len(fake.features)} {counts[1]}")
     found, others = (stack(part.features, sorted(part.features)) for part in (real, fake))
     halves, samples = [spread(found[0::2], n), spread(found[1::2], n)], spread(others, n)
@@ -331,7 +347,9 @@ def place_between(real: Survey, fake: Survey, batch: int, counts: tuple[str, str
     noise = torch.cat([net(x) for x in draw_noise(n, batch, colours, real.shape)])
     floor = frechet_distance(*halves)
     distance, ceiling = (sum(frechet_distance(half, other) for half in halves) / 2 for other in (samples, noise))
-    position = (distance - floor) / (ceiling - floor)
+    position = (distance - floor) / (ceiling - floor) if ceiling > floor else None
+    if position is None:
+        log.warning("%d clips are too few: noise is no farther from them than they are from each other", n)
     return {"distance": distance, "floor": floor, "ceiling": ceiling, "position": position, "n": n}
 
 

@@ -24,6 +24,7 @@ from praxino.models.vae import HALVES, Posterior, VideoVAE
 from praxino.stream import pad_space, pad_time
 from praxino.tasks.common import Precision, precision_context
 from praxino.tasks.compare import known_statistics, settle
+from praxino.tasks.protocol import identify
 from praxino.tasks.ranks import Ranks
 from praxino.tasks.report import Clip
 from praxino.tasks.score import Reading, Row, Scores, score_vae
@@ -73,7 +74,8 @@ class Contender:
 
     def open(self, weights: Weights) -> None:
         """Load it, on the CPU."""
-        self.model = Fitted(checkpoint.load(self.path, weights=weights))
+        self.model = Fitted(vae := checkpoint.load(self.path, weights=weights))
+        self.identity = identify(self.path, vae)
         self.scores, self.values, self.clips = Scores(), Row(), list[Clip]()
         self.seconds: dict[str, list[float]] = {"encode": [], "decode": []}
         self.bytes = 0.0
@@ -115,7 +117,7 @@ class Contender:
 class Contest:
     """The clips that all VAEs get, and how they are judged by them."""
 
-    suite: Judge
+    judge: Judge
     reading: Reading
     root: str
     entries: list[Entry]
@@ -128,19 +130,21 @@ class Contest:
         first = next((clips["video"] for clips in single if "video" in clips), None)
         if first is None:
             raise DataError(f"no video under {self.root} has {self.reading.frames} frames that can be read")
+        self.distances: Row = {}  # their protocols
         self.clip = to_float(first)  # (1, 3, T, H, W), what times and memory are measured with
 
-    def judge(self, contender: Contender) -> None:
+    def score(self, contender: Contender) -> None:
         """Send all clips through a VAE."""
         assert contender.model is not None
         log.info("%s: %d videos", contender.name, len(self.entries))
         alone = Ranks(0, 1, self.device)
-        distances = self.suite.distances(self.reading.frames, self.device)
+        distances = self.judge.distances(self.reading.frames, self.device)
+        self.distances = {distance.name: distance.protocol() for distance in distances}
         pictures = Pictures(self.shown, len(self.entries))
         known_statistics(distances, self.root, self.entries, self.reading, alone)
         contender.model.to(self.device)
         loader = self.reading.load(self.root, self.entries, pin=self.device.type == "cuda")
-        contender.scores = score_vae(contender.model, loader, self.suite.suite(self.device), [pictures, *distances])
+        contender.scores = score_vae(contender.model, loader, self.judge.suite(self.device), [pictures, *distances])
         contender.model.cpu()
         if not contender.scores.rows:
             raise DataError("no video could be measured")

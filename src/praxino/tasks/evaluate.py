@@ -17,6 +17,7 @@ from praxino.errors import ConfigError
 from praxino.metrics.image import Window
 from praxino.tasks import imagined
 from praxino.tasks.common import (
+    FLOAT32,
     Precision,
     at_least,
     check_clip,
@@ -28,13 +29,12 @@ from praxino.tasks.common import (
 )
 from praxino.tasks.compare import RANDOM, compare_sets, known_statistics, settle
 from praxino.tasks.pairs import check_pairs, find_pairs, read_tree
+from praxino.tasks.protocol import Mode, changes, check_heeded, identify
 from praxino.tasks.ranks import Ranks, launch
 from praxino.tasks.report import Clip
 from praxino.tasks.score import Reading, Row, Scores, Watcher, score_pairs, score_vae, score_whole
 from praxino.tasks.shown import Pictures, thumbnails
-from praxino.tasks.verdict import Judge, Outcome, changes, mean_curves
-
-Mode = Literal["reconstruction", "trees", "sets", "samples", "predictions"]
+from praxino.tasks.verdict import Judge, Outcome, mean_curves
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -88,12 +88,14 @@ def evaluate(
     * `ckpt real`: the same for `n` samples, which are written to `out/samples`.
     * `ckpt input`: predictions after `context` frames against what came, which are written to `out/predictions`.
 
-    What is generated has the frames and size of the training, and real videos are read likewise; `generate` holds
-    further settings of praxino-sample and praxino-predict.
+    `generate` holds further settings of praxino-sample and praxino-predict. Samples have the frames and size of the
+    training unless `generate.frames` and `generate.size` say otherwise, and real videos are read likewise; predictions
+    go on until `generate.frames` (17). Settings that would not be heeded are refused.
 
     Args:
         unpaired: what becomes of videos without a partner of their length and size: error, or skip, which lists them.
-        protocol: a file of conf/protocol, whose settings these are: it is named, with those that were changed.
+        protocol: a file of conf/protocol, whose settings these are: it is named, with all that were changed of them and
+            of the other defaults.
         metrics: of pairs: psnr, ssim, ms_ssim, difference, flicker, lpips.
         window: of SSIM: valid, as in the literature, or reflect, as torchmetrics has it.
         lpips: net, weights, sha256, spatial: see `praxino.losses.perceptual.LPIPS`.
@@ -107,22 +109,30 @@ def evaluate(
         the content of metrics.json: mean, std, low, high (a 95 % bootstrap interval over videos) and n of each metric;
         figures of the whole set; n, rejected, protocol, versions.
     """
-    protocols = changes(protocol, locals())
+    given = locals()
+    protocols = changes(protocol, given)
     at_least(1, frames=frames, stride=stride, limit=limit, batch=batch, context=context, n=n)
     at_least(1, devices=devices, num_nodes=num_nodes)
     at_least(0, workers=workers, shown=shown)
     root = data["root"] if data else None
     mode = mode_of(paired, vae=vae, root=root, real=real, fake=fake, ckpt=ckpt, input=input)
+    check_heeded(mode, protocol, given)
     if size is None and batch > 1 and mode in ("reconstruction", "sets"):
         raise ConfigError("size=null keeps the size of every video: use batch=1")
     if fps is not None and (frames is None or stride > 1):
         raise ConfigError(f"fps={fps:g} chooses frames by time: use frames=N and stride=1 with it")
     if frames is None and mode == "sets":
         raise ConfigError("frames=null: sets are compared by clips of one length, e.g. frames=17")
+    if size is None and mode == "sets" and not any(setting and setting.get("detector") for setting in (fvd, fid)):
+        raise ConfigError("size=null: without a detector sets are compared by clips of one size, e.g. size=64")
+    if mode in ("sets", "samples") and fvd and fvd.get("per_batch"):
+        if not protocols or "fvd.per_batch" in protocols["changed"]:
+            raise ConfigError("fvd.per_batch: sets without partners have no batches: leave it out")
+        fvd, protocols = fvd | {"per_batch": False}, {**protocols, "left_out": ["fvd.per_batch"]}
     make_resize(size)
     reading = Reading(frames, stride, fps, size, short, where, seed, limit, batch, workers, cache_dir)
     judge, target = Judge.of(metrics, window, lpips, fvd, fid), make_directory(out)
-    outcome = Outcome(target, report, shown if report else 0, protocols)
+    outcome = Outcome(target, report, shown if report else 0, protocols, pick_device(device))
     if mode in ("samples", "predictions"):  # which write videos
         check_outside(out, {"real": real, "input": input})
         common = {"ckpt": ckpt, "seed": seed, "weights": weights, "precision": precision, "device": device}
@@ -131,12 +141,13 @@ def evaluate(
             own = {"input": input, "context": context, "stride": stride, "limit": limit, "cache_dir": cache_dir}
             return imagined.predictions(target, {**own, **common}, judge, outcome)
         drawn = {"n": n, **common}
-        made = imagined.samples(target, drawn)
+        assert real is not None
+        made = imagined.samples(target, drawn, real, reading, judge)
         if made is None:  # another process than the first
             return {}
-        reading = replace(reading, frames=made["frames"], size=made["size"])
-        assert real is not None
-        return evaluate_sets(real, made["out"], drawn, reading, judge, outcome, Ranks(0, 1, pick_device(device)))
+        reading, alone = replace(reading, frames=made["frames"], size=made["size"]), Ranks(0, 1, pick_device(device))
+        with precision_context(alone.device, "32"):
+            return evaluate_sets(real, made["out"], drawn, reading, judge, outcome, alone)
     with launch(device, devices, num_nodes) as ranks, precision_context(ranks.device, precision):
         if mode == "reconstruction":
             assert vae is not None
@@ -178,13 +189,15 @@ def evaluate_vae(
 ) -> Row:
     """Measure the reconstructions of a VAE, in memory."""
     model = checkpoint.load(vae, weights=weights, device=ranks.device)
+    identity = ranks.on_first(lambda: identify(vae, model))
     whole = reading.frames is None
     if not whole:
         check_clip(model, reading.frames or 1, reading.size)
     usable = ranks.on_first(lambda: reading.find(root))
     entries, share = usable.entries, slice(ranks.rank, None, ranks.world)
     suite, distances = judge.suite(ranks.device), judge.distances(reading.frames, ranks.device)
-    known_statistics(distances, root, entries, reading, ranks)
+    if whole or reading.size is not None:  # else this VAE may leave out sizes that another one takes
+        known_statistics(distances, root, entries, reading, ranks)
     pictures = Pictures(outcome.shown, len(entries))
     watchers: list[Watcher] = [pictures, *distances]
 
@@ -192,18 +205,20 @@ def evaluate_vae(
         if not whole:
             loader = reading.load(root, entries, share, pin=ranks.device.type == "cuda")
             return score_vae(model, loader, suite, watchers)
-        names = dict(list(enumerate(entry.path for entry in entries))[share])
+        mine = dict(list(enumerate(entries))[share])
         resize = None if reading.size is None else make_resize(reading.size)
-        return score_whole(model, root, names, reading.stride, resize, suite, watchers)
+        return score_whole(model, root, mine, reading.stride, resize, suite, watchers)
 
-    scores = Scores(rejected=[rejection.to_json() for rejection in usable.rejected])
+    scores = Scores(rejected=[r.to_json() for r in usable.rejected], short=[] if whole else reading.stretched(entries))
     for part in ranks.on_all(work):
         scores.merge(part)
     values: Row = {}
     for distance in distances if scores.rows else ():
         values |= settle(distance, reading.batches(len(entries)), ranks)
     clips = pictures.gather(scores, ranks)
-    protocol = {"vae": vae, "root": root, **reading.protocol(), "weights": weights, "precision": precision}
+    protocol = {"vae": vae, **identity, "root": root, **reading.protocol(), "batch": reading.batch}
+    protocol |= {"weights": weights, "precision": precision}
+    protocol |= {"float32": FLOAT32}
     protocol |= {"latent": "posterior mean", "reconstruction": "clamped, not rounded", **judge.protocol()}
     protocol |= {distance.name: distance.protocol() for distance in distances}
     return ranks.on_first(lambda: finish("Reconstruction", vae, scores, values, protocol, clips, outcome))
@@ -236,7 +251,7 @@ def evaluate_trees(
         values |= settle(distance, [[place] for place in range(len(pairs))], ranks)
     clips = pictures.gather(scores, ranks)
     protocol: Row = {"real": real, "fake": fake, "frames": "all", "size": "as stored", "limit": reading.limit}
-    protocol |= {"unpaired": unpaired, **judge.protocol()}
+    protocol |= {"unpaired": unpaired, "float32": FLOAT32, **judge.protocol()}
     protocol |= {distance.name: distance.protocol() for distance in distances}
     return ranks.on_first(lambda: finish("Comparison", fake, scores, values, protocol, clips, outcome))
 
@@ -244,10 +259,14 @@ def evaluate_trees(
 def evaluate_sets(
     real: str, fake: str, drawn: Row, reading: Reading, judge: Judge, outcome: Outcome, ranks: Ranks
 ) -> Row:
-    """Measure how like two sets of videos are; `drawn` says how the second one was made, if here."""
+    """Measure how like two sets of videos are; `drawn` says how the second one was made, if here: it is read whole."""
     distances = judge.distances(reading.frames, ranks.device)
-    values, rejected, entries = compare_sets(real, fake, reading, distances, outcome.target, ranks)
-    protocol: Row = {"real": real, "fake": fake, **reading.protocol(), **({"drawn": drawn} if drawn else {})}
+    made = replace(reading, stride=1, fps=None, where="start", limit=None) if drawn else reading
+    readings = {real: reading, fake: made}
+    values, rejected, entries = compare_sets(real, fake, reading, made, distances, outcome.target, ranks)
+    protocol: Row = {"real": real, "fake": fake, **reading.protocol(), "batch": reading.batch}
+    protocol |= {"float32": FLOAT32}
+    protocol |= {"drawn": drawn, "read": "every sample, whole; real videos as said here"} if drawn else {}
     protocol |= {"features": RANDOM} if not distances else {}
     protocol |= {distance.name: distance.protocol() for distance in distances}
 
@@ -255,10 +274,12 @@ def evaluate_sets(
         clips = [
             clip
             for label, root in (("sample", fake), ("real", real))
-            for clip in thumbnails(root, entries[root], reading, 2 * outcome.shown, label)
+            for clip in thumbnails(root, entries[root], readings[root], 2 * outcome.shown, label)
         ]
         title = f"Samples: {Path(drawn.get('ckpt', fake)).name}"
-        result = outcome.write("samples", title, Scores(rejected=rejected), values, protocol, clips, {})
+        short = [{"root": r, **row} for r, how in readings.items() for row in how.stretched(entries[r])]
+        scores = Scores(rejected=rejected, short=short)
+        result = outcome.write("samples", title, scores, values, protocol, clips, {})
         outcome.tell(result)
         return result
 

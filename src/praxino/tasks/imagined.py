@@ -2,6 +2,8 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import torch
 
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.suite import TEMPORAL, PairSuite
-from praxino.tasks.common import pick_device
+from praxino.tasks.common import FLOAT32, pick_device, precision_context
+from praxino.tasks.compare import LEAST_OTHERS, LEAST_REAL
 from praxino.tasks.predict import predict
 from praxino.tasks.ranks import is_first
 from praxino.tasks.reconstruct import fitting_chunk
 from praxino.tasks.report import Clip
-from praxino.tasks.sample import sample
-from praxino.tasks.score import Curves, Recorder, Row, Scores
+from praxino.tasks.sample import sample, shape_of
+from praxino.tasks.score import Curves, Reading, Recorder, Row, Scores
 from praxino.tasks.shown import DIFFERENCE, LONGEST, amplify, shrink, tagged
 from praxino.tasks.verdict import Judge, Outcome, checked, mean_curves
 from praxino.video import Video, to_float, to_uint8
@@ -24,9 +27,23 @@ SAMPLE, MEAN, COPY = "sample", "mean", "copy_last"
 PANELS = {SAMPLE: "prediction", MEAN: "mean of {}", COPY: "last given frame"}
 
 
-def samples(target: Path, settings: dict[str, Any]) -> Row | None:
-    """Draw samples into `target/samples`, without loss; only the first process gets what was drawn."""
+def samples(target: Path, settings: dict[str, Any], real: str, reading: Reading, judge: Judge) -> Row | None:
+    """Draw samples into `target/samples`, without loss; only the first process gets what was drawn.
+
+    Before, the detectors are opened and the real videos are found, for drawing may take hours.
+
+    Args:
+        reading: of the real videos, but for frames and size, which are those of the samples.
+    """
     given = checked(sample, "generate", {**settings, "out": str(target / "samples"), "lossless": True})
+    if is_first():
+        frames, size = shape_of(**{key: given[key] for key in signature(shape_of).parameters if key in given})
+        detectors = judge.distances(frames, torch.device("cpu"))
+        found = len(replace(reading, frames=frames, size=size).find(real).entries)
+        least = (2, 2) if detectors else (LEAST_REAL, LEAST_OTHERS)
+        if found < least[0] or given["n"] < least[1]:
+            raise DataError(f"{found} clips under {real} and n={given['n']}: {least[0]} and {least[1]} are the least")
+        del detectors
     made = sample(**given)
     return made if is_first() else None
 
@@ -37,6 +54,8 @@ def predictions(target: Path, settings: dict[str, Any], judge: Judge, outcome: O
         raise ConfigError("fvd and fid are of sets: give real=DIR in the place of input=PATH")
     folder = target / "predictions"
     given = checked(predict, "generate", {**settings, "out": str(folder), "lossless": True, "compare": True})
+    if is_first():
+        judge.suite(torch.device("cpu"))  # says now what is wrong with the weights of LPIPS
     result = predict(**given)
     if not is_first():
         return {}
@@ -49,17 +68,16 @@ def predictions(target: Path, settings: dict[str, Any], judge: Judge, outcome: O
     rejected += [{"path": row["path"], "reason": "short", "detail": short} for row in rows if not row["measured"]]
     rows = [row for row in rows if row["measured"]]
     files = [Files(folder, row["path"], row["output"], result["context"], count) for row in rows]
-    found = measure(files, judge.suite(device), device)
+    with precision_context(device, "32"):
+        found = measure(files, judge.suite(device), device)
     scores = Scores({place: beside(found, place) for place in range(len(files))}, found[SAMPLE].curves, rejected)
     tags = tagged({place: row["mse"] for place, row in scores.rows.items()}, outcome.shown, len(files))
     clips = [files[place].show(scores.curves[place], tag) for place, tag in tags.items()]
-    values: Row = {}
-    for key, gain in result["gain"].items():
-        note = f"dB of PSNR over keeping the last given frame, better for {result['better'][key]:.0%} of the videos"
-        values["gain" if key == SAMPLE else f"gain_{key}"] = {"value": gain, "note": note}
-    protocol = {**given, **result["protocol"], "files": "8 bits, without loss", **judge.protocol()}
+    protocol = {**given, **result["protocol"], "files": "8 bits, without loss", "float32": FLOAT32, **judge.protocol()}
     title = f"Prediction: {Path(given['ckpt']).name}"
-    written = outcome.write("prediction", title, scores, values, protocol, clips, horizons(found, result["context"]))
+    written = outcome.write(
+        "prediction", title, scores, gains(scores.table), protocol, clips, horizons(found, result["context"])
+    )
     outcome.tell(written)
     return written
 
@@ -127,11 +145,23 @@ def beside(found: dict[str, Scores], place: int) -> Row:
     return row
 
 
+def gains(rows: list[Row]) -> Row:
+    """Return by how much predictions are better than the last given frame, of the PSNR in the rows."""
+    values: Row = {}
+    for key in ("psnr", f"psnr_{MEAN}"):
+        found = [row[key] - row[f"psnr_{COPY}"] for row in rows if key in row]
+        if found:
+            better = sum(gain > 0 for gain in found) / len(found)
+            note = f"dB of PSNR over keeping the last given frame, better for {better:.0%} of the videos"
+            values[key.replace("psnr", "gain")] = {"value": sum(found) / len(found), "note": note}
+    return values
+
+
 def horizons(found: dict[str, Scores], context: int) -> dict[str, dict[str, list[float | None]]]:
     """Return the mean curves of each metric over the predicted frames."""
     lines: dict[str, dict[str, list[float | None]]] = {}
     for key, scores in found.items():
         for name, curve in mean_curves(list(scores.curves.values())).items():
             frames: list[float | None] = [context + k for k in range(len(curve["mean"]))]
-            lines.setdefault(name, {"frame": frames})[key] = curve["mean"]
+            lines.setdefault(name, {"frame": frames, "n": curve["n"]})[key] = curve["mean"]
     return lines

@@ -14,7 +14,7 @@ from praxino.data.clips import ClipSampler
 from praxino.data.scan import Entry
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.common import write_jsonl
+from praxino.tasks.common import stem, write_jsonl
 from praxino.video import VideoInfo, probe
 
 log = logging.getLogger(__name__)
@@ -141,25 +141,30 @@ def read_tree(path: str, cache_dir: str | None) -> Tree:
         return Tree(root, {root.name: probe(root)}, {root.name: str(root.stat().st_mtime_ns)}, {})
     if not root.is_dir():
         raise ConfigError(f"{path} does not exist")
-    usable = find_usable(root, ClipSampler(1), cache_dir=cache_dir)
+    usable = find_usable(root, ClipSampler(1), aliases=True, cache_dir=cache_dir)
     entries: list[Entry] = usable.entries
     broken = {rejection.path: f"{rejection.reason}: {rejection.detail}" for rejection in usable.rejected}
     rows = root / "reconstructions.jsonl"  # of `reconstruct`, which may have written more than one tree
     if rows.is_file():
-        outputs = {json.loads(line)["output"] for line in rows.read_text(encoding="utf-8").splitlines()}
+        outputs = read_outputs(rows, "output")
         entries = [entry for entry in entries if entry.path in outputs]
         broken = {path: why for path, why in broken.items() if path in outputs}
     return Tree(root, {e.path: e.info for e in entries}, {e.path: e.stamp for e in entries}, broken)
 
 
+def read_outputs(rows: Path, key: str) -> set[str]:
+    """Return the paths that a task says it wrote: the rows' values of a key."""
+    try:
+        return {json.loads(line)[key] for line in rows.read_text(encoding="utf-8").splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{rows} lists no files of praxino ({type(error).__name__}): take it away, or choose another folder"
+        ) from error
+
+
 def place(tree: Tree, path: str) -> Path:
     """Return where a video of a tree lies."""
     return tree.root if tree.root.is_file() else tree.root / path
-
-
-def stem(path: str) -> str:
-    """Return a path without its suffix."""
-    return os.path.splitext(path)[0]
 
 
 def names_of(tree: Tree) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The Pareto plot of praxino-benchmark: quality against cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def pareto(rows: Sequence[Row], path: Path, quality: str = "psnr") -> None:
         return
     figure = Figure(figsize=(4.6 * len(costs), 4.2), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        points = [(row[cost], row[quality], row["vae"]) for row in rows if row.get(quality) is not None]
+        points = points_of(rows, cost, quality)
         best = front(points, DIRECTION[quality] != "up")
         axes.plot(*zip(*[point[:2] for point in best], strict=True), color=BEST, linewidth=1.2, zorder=1)
         for number, point in enumerate(sorted(points, key=lambda p: -p[1])):
@@ -42,8 +42,15 @@ def pareto(rows: Sequence[Row], path: Path, quality: str = "psnr") -> None:
         axes.grid(alpha=0.3, linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.axes[0].set_ylabel(LABELS.get(quality, quality.upper()), color=INK)
+    label = LABELS.get(quality, quality.upper())
+    figure.axes[0].set_ylabel(f"|{label}|" if DIRECTION[quality] == "zero" else label, color=INK)
     figure.savefig(path, dpi=150)
+
+
+def points_of(rows: Sequence[Row], cost: str, quality: str) -> list[tuple[float, float, str]]:
+    """Return the points `(cost, quality, name)` of the rows; of what is best at 0, the distance from it."""
+    size: Callable[[float], float] = abs if DIRECTION[quality] == "zero" else float
+    return [(row[cost], size(row[quality]), row["vae"]) for row in rows if row.get(quality) is not None]
 
 
 def front(points: Sequence[tuple[float, float, str]], less: bool) -> list[tuple[float, float, str]]:

@@ -35,6 +35,7 @@ from praxino.tasks.common import (
     refuse_foreign,
     show,
     show_table,
+    stem,
     without_nan,
     write_jsonl,
 )
@@ -166,7 +167,7 @@ def find_sources(
     """Return a folder, `limit` videos of it by relative path, and what was rejected; a single video is its own tree."""
     if not path.is_dir():
         return path.parent, [path.name], []
-    usable = find_usable(path, ClipSampler(1), images=images, cache_dir=cache_dir, limit=limit)
+    usable = find_usable(path, ClipSampler(1), images=images, aliases=True, cache_dir=cache_dir, limit=limit)
     names, root = [entry.path for entry in usable.entries], path
     if "." in names:  # the folder itself is a video: of frames
         names, root = [os.path.normpath(os.path.join(path.name, name)) for name in names], path.parent
@@ -261,7 +262,7 @@ def fitting_chunk(height: int, width: int) -> int:
 
 def output_names(paths: list[str]) -> list[str]:
     """Mirror the paths as mp4 files; two videos that differ in their suffix alone keep it in their names."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    count = Counter(stem.casefold() for stem in stems)
-    names = [stem if count[stem.casefold()] == 1 else path for stem, path in zip(stems, paths, strict=True)]
+    stems = [stem(path) for path in paths]
+    count = Counter(name.casefold() for name in stems)
+    names = [name if count[name.casefold()] == 1 else path for name, path in zip(stems, paths, strict=True)]
     return [name + ".mp4" for name in (names if len(set(names)) == len(names) else paths)]

@@ -87,7 +87,7 @@ class Report:
         summary: metric to mean, std, low, high (the 95 % interval over videos) and n.
         values: figures of the whole set: a number, or {"value", "note"}.
         rows: as in metrics.csv; of a leaderboard, a model each.
-        horizon: metric to {"frame": [...], name of a line: [...]}, means over videos.
+        horizon: metric to {"frame": [...], name of a line: [...]}, means over videos, and perhaps "n": of how many.
     """
 
     title: str

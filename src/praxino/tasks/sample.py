@@ -173,6 +173,24 @@ def sample(
         return ranks.on_first(finish)
 
 
+def shape_of(
+    ckpt: str,
+    vae: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    frames: int | None = None,
+    size: Size = None,
+) -> tuple[int, list[int]]:
+    """Return how many frames samples have, and their height and width, without drawing any."""
+    if is_denoiser(ckpt):
+        _, trained = checkpoint.load_denoiser(ckpt, weights=weights)
+        model, latents = checkpoint.load_vae_of(trained, path=vae), trained.shape
+        count, cells = frames or frames_of(model, latents[1]), cells_of(model, size, latents[2:])
+    else:
+        model = checkpoint.load(ckpt, weights=weights)
+        count, cells = frames or PRIOR_FRAMES, cells_of(model, PRIOR_SIZE if size is None else size, ())
+    return count, [cells[0] * model.stride[1], cells[1] * model.stride[2]]
+
+
 def describe(
     number: int,
     path: Path,

@@ -20,7 +20,7 @@ from praxino.errors import DataError, NonFiniteError
 from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import make_resize, without_nan
-from praxino.tasks.pairs import Pair
+from praxino.tasks.pairs import Pair, read_outputs
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
 from praxino.video import DecodeFailure, Video, to_float
@@ -32,11 +32,15 @@ WHOLE: dict[str, Any] = {"tile": None, "overlap": 0.0, "tile_frames": None}  # n
 
 @dataclass
 class Scores:
-    """What was measured, by the place of a video in its list: a row and curves of each, and the seconds it took."""
+    """What was measured, by the place of a video in its list: a row and curves of each, and the seconds it took.
+
+    `short` lists videos that were padded or slowed down.
+    """
 
     rows: dict[int, Row] = field(default_factory=dict)
     curves: dict[int, Curves] = field(default_factory=dict)
     rejected: list[Row] = field(default_factory=list)
+    short: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def merge(self, other: "Scores") -> "Scores":
@@ -120,9 +124,8 @@ class Recorder:
         """Measure the next frames of originals and reconstructions, `(B, 3, t, H, W)` in [-1, 1]."""
         assert self.meter is not None
         if not y.isfinite().all():
-            raise NonFiniteError(
-                f"the reconstruction of {self.paths[0]!a} is not finite: use precision=32, or another VAE"
-            )
+            guilty = next(path for path, video in zip(self.paths, y, strict=True) if not video.isfinite().all())
+            raise NonFiniteError(f"the reconstruction of {guilty!a} is not finite: use precision=32, or another VAE")
         self.frames += x.shape[2]
         self.size, self.device = x.shape[-2:], x.device.type
         with torch.autocast(self.device, enabled=False):
@@ -187,8 +190,15 @@ class Reading:
         return ClipSampler(self.frames or 1, self.stride, fps=self.fps, short=self.short, where=self.where)
 
     def find(self, root: str | Path) -> Usable:
-        """Find the videos of a tree that are read."""
-        usable = find_usable(root, self.clips, cache_dir=self.cache_dir)
+        """Find the videos of a tree that are read; of what `sample` wrote, only what its last run did."""
+        usable = find_usable(root, self.clips, aliases=True, cache_dir=self.cache_dir)
+        rows = Path(root).expanduser() / "samples.jsonl"
+        if rows.is_file():
+            listed = read_outputs(rows, "file")
+            usable.entries = [entry for entry in usable.entries if entry.path in listed]
+            usable.rejected = [rejection for rejection in usable.rejected if rejection.path in listed]
+            if missing := listed - {entry.path for entry in usable.entries} - {r.path for r in usable.rejected}:
+                raise DataError(f"{rows} lists {len(missing)} videos that are not there, first {min(missing)!a}")
         return replace(usable, entries=usable.entries[: self.limit])
 
     def load(
@@ -202,6 +212,12 @@ class Reading:
     def batches(self, count: int) -> list[list[int]]:
         """Cut the places of a list into batches."""
         return [list(range(begin, min(begin + self.batch, count))) for begin in range(0, count, self.batch)]
+
+    def stretched(self, entries: Sequence[Entry]) -> list[Row]:
+        """List the videos that are shorter than a clip, and so are padded or slowed down."""
+        fate, clips = {"pad": "padded with its last frame", "slow": "slowed down"}.get(self.short, ""), self.clips
+        infos = [(e.path, e.info) for e in entries if fate and not clips.fits(e.info.frames, e.info.fps)]
+        return [{"path": p, "reason": fate, "detail": f"{i.frames} frames at {float(i.fps):g} fps"} for p, i in infos]
 
     def protocol(self) -> Row:
         """Return what a result depends on."""
@@ -260,7 +276,7 @@ def score_vae(
 def score_whole(
     model: VideoVAE,
     root: str | Path,
-    names: dict[int, str],
+    videos: dict[int, Entry],
     stride: int,
     resize: Resize | None,
     suite: PairSuite,
@@ -276,11 +292,12 @@ def score_whole(
     """
     device = next(model.parameters()).device
     recorder, clock = Recorder(suite, watchers), Stopwatch(device)
-    for place, name in names.items():
+    for place, entry in videos.items():
+        name = entry.path
         try:
             with Video(Path(root) / name) as video:
                 clip = Clip(video, None, stride, resize, None, WHOLE)
-                expected = -(-video.info.frames // stride)
+                expected = -(-entry.info.frames // stride)
                 recorder.begin([place], [name], [float(clip.fps)])
                 pieces = reconstructed(model, clip, device, clip.chunk if model.streamable else None, WHOLE)
                 for source, y in clock.each("reconstruct", pieces):

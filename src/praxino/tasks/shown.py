@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from praxino.data.scan import Entry
+from praxino.data.usable import spread
 from praxino.data.videos import VideoClips
 from praxino.tasks.common import make_resize
 from praxino.tasks.ranks import Ranks
@@ -68,7 +69,7 @@ class Pictures:
 
 def tagged(errors: Mapping[int, float], count: int, total: int) -> dict[int, tuple[str, ...]]:
     """Return the places of a list that are shown, and as what."""
-    order, places = sorted(errors, key=lambda place: (errors[place], place)), spread(total, count)
+    order, places = sorted(errors, key=lambda place: (errors[place], place)), spread(range(total), count)
     tags = {"worst": order[::-1][:count], "best": order[:count], "spread": [k for k in places if k in errors]}
     found: dict[int, tuple[str, ...]] = {}
     for tag, chosen in tags.items():
@@ -98,15 +99,10 @@ def cut(curves: Curves) -> Curves:
     return {name: values[:LONGEST] for name, values in curves.items()}
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return `count` places, evenly spread over a list."""
-    return [place * total // count for place in range(min(count, total))] if total > count else list(range(total))
-
-
 def thumbnails(root: str, entries: Sequence[Entry], reading: Reading, count: int, label: str) -> list[Clip]:
     """Read small clips of a few videos of a tree."""
     dataset = VideoClips(root, entries, reading.clips, make_resize(reading.size), seed=reading.seed, tries=0)
-    samples = [dataset[place] for place in spread(len(entries), count)]
+    samples = [dataset[place] for place in spread(range(len(entries)), count)]
     return [
         Clip(sample["path"], sample["fps"], {label: small(sample["video"])}, {}, ("sample",))
         for sample in samples

@@ -1,20 +1,21 @@
 """What an evaluation measures, and what it writes: rows, curves, a summary with its protocol, a page."""
 
+import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from praxino.config import check_call, conf_dir, nearest, plain, redacted
+from praxino.config import check_call, nearest, redacted
 from praxino.errors import ConfigError, DataError
-from praxino.losses.perceptual import LPIPS
-from praxino.metrics.image import Window, to_decibel
+from praxino.losses.perceptual import LPIPS, RANDOM, file_name, name_hash
+from praxino.metrics.image import LEAST, Window, to_decibel
 from praxino.metrics.suite import METRICS, PairSuite
 from praxino.metrics.summary import describe
 from praxino.tasks.common import show_table, versions, write_atomic, write_csv, write_jsonl
@@ -22,12 +23,11 @@ from praxino.tasks.compare import Fid, Fvd, SetDistance, open_distances
 from praxino.tasks.report import Clip, Kind, Report, write_report
 from praxino.tasks.score import Curves, Row, Scores
 
-S = TypeVar("S")
 WORDS = {
     "psnr": "data range 1, 100 dB at most, mean over frames; psnr_clip: of the mean squared error of a video; "
     "psnr_pooled: of that of all pixels of all videos",
-    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, {window} window, mean over frames; none under 11 pixels",
-    "ms_ssim": "data range 1, five scales, {window} window, mean over frames; none under 161 pixels",
+    "ssim": "data range 1, gaussian 11x11 of sigma 1.5, {window} window, mean over frames; none under {least} pixels",
+    "ms_ssim": "data range 1, five scales, {window} window, mean over frames; none under {least} pixels",
     "difference": "mean absolute error of the differences to the frame before, of [0, 1]",
     "flicker": "mean absolute difference to the frame before, less that of the original, of [0, 1]",
 }
@@ -77,8 +77,23 @@ class Judge:
 
     def protocol(self) -> Row:
         """Word the metrics of pairs."""
-        words = {name: WORDS[name].format(window=self.window) for name in self.metrics if name in WORDS}
-        return words | ({"lpips": {"net": "alex", **self.lpips}} if "lpips" in self.metrics else {})
+        words = {
+            name: WORDS[name].format(window=self.window, least=LEAST.get(name))
+            for name in self.metrics
+            if name in WORDS
+        }
+        return words | ({"lpips": lpips_settings({"net": "alex", **self.lpips})} if "lpips" in self.metrics else {})
+
+
+def lpips_settings(settings: dict[str, Any]) -> Row:
+    """Name the weights of LPIPS' network by their file and its SHA-256: in full, or as much as torchvision promises."""
+    if (path := settings.get("weights")) == RANDOM:
+        return settings
+    if path is None:
+        net = settings["net"]
+        return settings | {"weights": file_name(net), "sha256": settings.get("sha256") or name_hash(net)}
+    with Path(path).open("rb") as file:
+        return settings | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def checked(function: Any, key: str, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -89,29 +104,6 @@ def checked(function: Any, key: str, given: dict[str, Any] | None) -> dict[str, 
         raise ConfigError("\n".join(f"{key}.{line}" for line in str(error).splitlines())) from error
 
 
-def changes(protocol: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the name of a protocol of conf/protocol, and which of its settings are others in this run."""
-    if protocol is None:
-        return {}
-    files = {path.stem: path for path in (Path(conf_dir()) / "protocol").glob("*.yaml")}
-    if protocol not in files:
-        raise ConfigError(f"protocol={protocol}: no such choice{nearest(protocol, files)}")
-    wanted = plain(OmegaConf.load(files[protocol]))
-    return {"name": protocol, "changed": sorted(differences(wanted, given))}
-
-
-def differences(wanted: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:
-    """Return the keys of the first tree that have another value in the second one."""
-    found = []
-    for key, value in wanted.items():
-        other = given.get(key)
-        if isinstance(value, dict):
-            found += differences(value, other or {}, f"{path}{key}.")
-        elif (list(other) if isinstance(other, tuple) else other) != value:
-            found.append(path + key)
-    return found
-
-
 @dataclass(frozen=True)
 class Outcome:
     """Where the results of an evaluation go.
@@ -119,12 +111,14 @@ class Outcome:
     Args:
         shown: videos of each kind on the page.
         protocol: the named protocol.
+        device: what is computed on.
     """
 
     target: Path
     report: bool = True
     shown: int = 4
     protocol: Row = field(default_factory=dict)
+    device: torch.device | None = None
 
     def write(
         self,
@@ -150,15 +144,16 @@ class Outcome:
                 self.target / "curves.jsonl",
                 ({"path": scores.rows[place]["path"], **scores.curves[place]} for place in sorted(scores.rows)),
             )
-        command = shlex.join(redacted(sys.argv))
+        values = values | note_short(self.target, scores.short)
+        command, libraries = shlex.join(redacted(sys.argv)), versions(self.device)
         protocol = {**({"protocol": self.protocol} if self.protocol else {}), **protocol}
         counts = {"n": len(rows), "rejected": len(rejected)} if rows else {"rejected": len(rejected)}
-        result: Row = {**summary, **values, **counts, "protocol": protocol, "versions": versions()}
+        result: Row = {**summary, **values, **counts, "protocol": protocol, "versions": libraries}
         result |= {"seconds": {key: round(value, 3) for key, value in scores.seconds.items()}, "command": command}
         write_atomic(self.target / "metrics.json", json.dumps(result, indent=2) + "\n")
         if self.report:
             horizons = horizons if any(len(lines["frame"]) > 1 for lines in horizons.values()) else {}
-            page = Report(title, kind, summary, values, rows, horizons, clips, rejected, protocol, versions(), command)
+            page = Report(title, kind, summary, values, rows, horizons, clips, rejected, protocol, libraries, command)
             write_report(self.target / "report.html", page)
         return result
 
@@ -184,13 +179,22 @@ def pooled(rows: Sequence[Row]) -> float:
     return float(to_decibel(torch.tensor(mean, dtype=torch.float64)))
 
 
+def note_short(target: Path, short: Sequence[Row]) -> Row:
+    """List the videos that were padded or slowed down, and return their number, if there are any."""
+    if not short:
+        (target / "short.jsonl").unlink(missing_ok=True)
+        return {}
+    write_jsonl(target / "short.jsonl", short)
+    return {"short": {"value": len(short), "note": f"shorter than a clip and {short[0]['reason']}: see short.jsonl"}}
+
+
 def mean_curves(curves: Sequence[Curves]) -> dict[str, dict[str, list[float | None]]]:
-    """Return the mean over the videos of each metric, frame by frame, as far as half of them go."""
+    """Return the mean over the videos of each metric, frame by frame, as far as half of them go, and of how many."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for name in curves[0] if curves else ():
         lengths = sorted(len(curve[name]) for curve in curves)
         reach = range(lengths[len(lengths) // 2])
         columns = [[value for c in curves if k < len(c[name]) and (value := c[name][k]) is not None] for k in reach]
         means = [sum(column) / len(column) if column else None for column in columns]
-        found[name] = {"frame": list(reach), "mean": means}
+        found[name] = {"frame": list(reach), "mean": means, "n": [len(column) for column in columns]}
     return found
