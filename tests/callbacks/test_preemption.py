@@ -15,12 +15,11 @@ from training import Data, Tape, load, make_module, train
 SCRIPT = Path(__file__).with_name("preempt_run.py")
 
 
-def start(out: Path, ranks: int = 1) -> subprocess.Popen:
-    """Start a run and wait for its third step."""
+def start(out: Path, ranks: int = 1, pause: float = 0.05) -> subprocess.Popen:
+    """Start a run and wait for its third step, whose batches take `pause` seconds each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(out), str(ranks)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, str(SCRIPT), str(out), str(ranks), str(pause)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert run.stdout is not None
     for line in run.stdout:
         if line.strip() == "step 3":
@@ -54,12 +53,25 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_it_at_once(tmp_path):
-    run = start(tmp_path)
-    run.send_signal(signal.SIGUSR1)
-    time.sleep(0.01)
+def test_the_same_signal_again_ends_it_at_once(tmp_path):
+    run = start(tmp_path, pause=120)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) in (143, 75)  # 75 where the step was over before
+    time.sleep(0.5)  # signals that wait together are one
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
+    assert not list(tmp_path.glob("checkpoints/step-*.ckpt"))
+
+
+@pytest.mark.slow
+def test_another_signal_does_not_end_the_saving(tmp_path):
+    """SLURM sends SIGUSR2 to a job whose time is nearly up, and SIGTERM when it is."""
+    run = start(tmp_path, pause=2)
+    run.send_signal(signal.SIGUSR2)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    assert is_whole(path)
 
 
 @pytest.mark.slow

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from praxino.callbacks.guard import FiniteGuard
+from praxino.lit import parallel, vae
 from training import Data, make_adversary, make_module, train
+
+vae.compile_vae = partial(parallel.compile_vae, backend="aot_eager")  # all but the last stage of the compiler
 
 
 def main(out: Path, scenario: str, ranks: int) -> None:
@@ -37,6 +41,7 @@ def main(out: Path, scenario: str, ranks: int) -> None:
             scheduler=None,
             sample_posterior=False,
             adversary=make_adversary(start=1, norm="batch", alternate=turns, lecam=0.1),
+            compile="compile" in scenario,
         )
         module, steps = module.double() if double else module, 5
         data, options["precision"] = Data(count=24, batch=4 // ranks), "64-true" if double else "32-true"
@@ -62,6 +67,7 @@ def main(out: Path, scenario: str, ranks: int) -> None:
             "ema": torch.cat([p.flatten() for p in module.ema_net.parameters()]),
             "step": module.step,
             "skipped": module.skipped,
+            "graphs": counters["stats"]["unique_graphs"],
         },
         out / f"rank{module.global_rank}.pt",
     )

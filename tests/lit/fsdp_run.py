@@ -7,21 +7,24 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dit_training import FixedLoss, LatentBatches, make_dit, make_net
 from praxino.diffusion.path import RectifiedFlow
 from praxino.diffusion.time import UniformTime
+from praxino.lit import dit, parallel
 from praxino.lit.context import Context
 from praxino.lit.fsdp import FSDP, gather
 from praxino.lit.optim import MuonAdamW, local
 from training import train
 
+dit.compile_blocks = partial(parallel.compile_blocks, backend="aot_eager")  # all but the last stage of the compiler
 VALIDATE = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
 
 
 def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
-    """Scenarios are words and steps: ddp or fsdp, sharded, muon, adamw, momentum, recompute, bf16, double."""
+    """Scenarios are words and steps: ddp or fsdp, sharded, muon, adamw, momentum, recompute, compile, bf16, ..."""
     torch.set_num_threads(1)
     kind, *words, steps = scenario.split("-")
     options: dict = dict(VALIDATE)
@@ -44,6 +47,7 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
         drop={},
         accumulate=2 if "accumulate" in words else 1,
         checkpoint_activations="recompute" in words,
+        compile="compile" in words,
     )
     if "double" in words:
         module, options["precision"] = module.double(), "64-true"
@@ -57,6 +61,7 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
             "weights": torch.cat([value.flatten() for value in weights.values()]),
             "ema": torch.cat([value.flatten() for value in ema.values()]),
             "step": module.step,
+            "graphs": counters["stats"]["unique_graphs"],
             "local": sum(local(p).numel() for p in module.parameters()),
             "ema_local": sum(local(p).numel() for p in module.ema_net.parameters()),
         },

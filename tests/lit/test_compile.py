@@ -1,21 +1,31 @@
 """Blocks compiled in place: the same training under the same names, and nothing else is compiled."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
+from torch.autograd.graph import saved_tensors_hooks
 
-from praxino import stream
+from dit_training import SHAPE, LatentBatches, make_dit
+from dit_training import make_net as make_denoiser
+from praxino import checkpoint, stream
 from praxino.config import conf_dir, instantiate, register_resolvers
-from praxino.lit.parallel import compile_vae
+from praxino.lit import dit, parallel, vae
+from praxino.lit.parallel import compile_vae, recompute_blocks
 from praxino.lit.vae import VAEModule
 from praxino.losses.vae import VAELoss
 from praxino.models.causalvae import CausalVAE
+from praxino.models.conditioning import Condition
 from praxino.models.identity import IdentityVAE
 from praxino.ops.blocks import ResnetBlock
-from training import make_adversary, make_module, make_net, rows, train
+from training import Data, load, make_adversary, make_module, make_net, rows, train
 
 ADVERSARY = ["model/adversary=patch3d", "model.adversary.discriminator.norm=group", "model.adversary.start=0"]
 
@@ -83,6 +93,84 @@ def test_a_network_without_blocks_of_ours_is_compiled_as_a_whole(monkeypatch):
     torch.testing.assert_close(net(x, sample=False).recon, IdentityVAE()(x, sample=False).recon)
     assert net._compiled_call_impl is not None
     assert not functorch.donated_buffer
+
+
+@pytest.fixture
+def traced(monkeypatch) -> Callable[[], int]:
+    """Use all but the last stage of the compiler, which needs none of C++; return how to count what was compiled."""
+    for module, name in ((vae, "compile_vae"), (dit, "compile_blocks")):
+        monkeypatch.setattr(module, name, partial(getattr(parallel, name), backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def resumed(out: Path, make: Callable[..., Any], data: Callable[[], Any], **options: Any) -> tuple[list, dict]:
+    """Train two steps, and two more in another process, as it were; return the rows and the last checkpoint."""
+    train(out, 2, make(**options), data())
+    path = out / "checkpoints" / "step-0000000{}.ckpt"
+    train(out, 4, make(**options), data(), Path(str(path).format(2)))
+    return rows(out), load(Path(str(path).format(4)))
+
+
+def agree(logged: list[dict], expected: list[dict]) -> None:
+    assert logged == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in expected]
+
+
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_autoencoder_against_an_adversary_learns_and_resumes_compiled(tmp_path, traced, recompute):
+    def make(**options):
+        return make_module(adversary=make_adversary(start=1), checkpoint_activations=recompute, **options)
+
+    plain, stored = resumed(tmp_path / "plain", make, Data)
+    assert traced() == 0
+    logged, compiled = resumed(tmp_path / "compiled", make, Data, compile=True)
+    assert traced() > 0
+    agree(logged, plain)
+    for part in ("state_dict", "ema"):
+        assert list(compiled[part]) == list(stored[part])
+    assert checkpoint.load(tmp_path / "compiled").state_dict().keys() == make_net().state_dict().keys()
+
+
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_denoiser_learns_and_resumes_compiled(tmp_path, traced, recompute):
+    """All blocks share one graph, those of the run that goes on, too."""
+    plain, stored = resumed(tmp_path / "plain", make_dit, LatentBatches)
+    assert traced() == 0
+    options = {"compile": True, "checkpoint_activations": recompute}
+    logged, compiled = resumed(tmp_path / "compiled", make_dit, LatentBatches, **options)
+    assert traced() == 1
+    agree(logged, plain)
+    assert list(compiled["state_dict"]) == list(stored["state_dict"])
+    assert list(compiled["ema"]["weights"]) == list(stored["ema"]["weights"])
+    net, _ = checkpoint.load_denoiser(tmp_path / "compiled")
+    torch.testing.assert_close(dict(net.state_dict()), stored["ema"]["weights"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_recompute(traced):
+    kept = {}
+    for recompute in (False, True):
+        net, sizes = make_denoiser(depth=4), {}
+        if recompute:
+            recompute_blocks(net.blocks)
+        dit.compile_blocks(net.blocks)
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        with saved_tensors_hooks(lambda x, s=sizes: s.update({x.untyped_storage().data_ptr(): x}) or x, lambda x: x):
+            net(torch.randn(1, *SHAPE), torch.rand(1), Condition(label=torch.tensor([0]))).sum().backward()
+        kept[recompute] = sum(x.untyped_storage().nbytes() for place, x in sizes.items() if place not in own)
+    assert traced() == 2
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_more_shapes_than_are_compiled_are_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(parallel, "SHAPES", 2)
+    block = next(module for module in make_net().modules() if isinstance(module, ResnetBlock))
+    run = parallel.counted(lambda block, x: x)
+    for sizes, warnings in (((8, 8), 0), ((8, 12), 0), ((12, 8), 1), ((16, 8), 1)):
+        run(block, torch.zeros(1, 8, 5, *sizes))
+        run(block, torch.zeros(1, 8, 5, *sizes))
+        assert caplog.text.count("compile: 2 shapes of blocks are compiled") == warnings
 
 
 def build(experiment: str, *overrides: str) -> VAEModule:

@@ -16,7 +16,7 @@ def launch(out: Path, scenario: str, ranks: int) -> list[dict]:
     """Run a scenario of the script; return what each rank found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), str(out), scenario, str(ranks)]
-    result = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
@@ -53,6 +53,17 @@ def test_two_ranks_with_an_adversary_equal_one_with_the_double_batch(tmp_path, s
         assert {k: v for k, v in a.items() if k != "time"} == pytest.approx(
             {k: v for k, v in b.items() if k != "time"}, rel=100 * tolerance, abs=tolerance
         )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_compiled_blocks(tmp_path):
+    (one,) = launch(tmp_path / "one", "gan32", 1)
+    two = launch(tmp_path / "two", "gan32-compile", 2)
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    for key in ("weights", "ema"):
+        torch.testing.assert_close(two[0][key], one[key], rtol=0, atol=1e-5)
+    assert one["graphs"] == 0
+    assert two[0]["graphs"] == two[1]["graphs"] > 0
 
 
 @pytest.mark.slow

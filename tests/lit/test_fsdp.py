@@ -70,6 +70,22 @@ def test_saved_on_two_resumed_on_one_and_back(tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "words"), [("ddp", "compile"), ("ddp", "compile-recompute"), ("fsdp", "compile-recompute")]
+)
+def test_compiled_blocks_learn_the_same(tmp_path, kind, words):
+    """Two ranks, then one that goes on, against 8 steps of one rank without; all blocks share one graph a run."""
+    whole = launch(tmp_path / "whole", "ddp-momentum-8", 1)[0]
+    first = launch(tmp_path / "a", f"{kind}-{words}-momentum-4", 2)
+    last = launch(
+        tmp_path / "b", f"{kind}-{words}-momentum-8", 1, tmp_path / "a" / "checkpoints" / "step-00000004.ckpt"
+    )
+    close(first[0], first[1], 0)
+    close(last[0], whole, 1e-6)
+    assert [rank["graphs"] for rank in (whole, *first, *last)] == [0, 1, 1, 1]
+
+
+@pytest.mark.slow
 def test_bf16_trains_in_shards(tmp_path):
     fsdp = launch(tmp_path, "fsdp-adamw-bf16-4", 2)
     assert bool(fsdp[0]["weights"].isfinite().all())

@@ -14,8 +14,9 @@ from praxino.errors import ConfigError, PraxinoError
 from praxino.models.dit import VideoDiT
 from praxino.models.vae import Posterior
 from praxino.models.wfvae import WFVAE
+from praxino.tasks import doctor_dit
 from praxino.tasks.doctor import check_latents, check_vae, doctor
-from praxino.tasks.doctor_dit import check_cache, check_latent_training, check_learning
+from praxino.tasks.doctor_dit import check_cache, check_latent_training, check_learning, check_sample
 from praxino.video import write
 
 from ..training import make_net
@@ -126,6 +127,23 @@ def test_a_denoiser_that_does_not_learn() -> None:
     net = VideoDiT(2, width=64, depth=2, num_heads=2)
     assert check_learning(net, z).colour == "green"
     assert check_learning(net, z * torch.nan).colour == "red"
+
+
+def test_the_loss_is_that_after_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(doctor_dit, "STEPS", 1)
+    check = check_learning(VideoDiT(2, width=64, depth=2, num_heads=2), torch.randn(1, 2, 3, 4, 4))
+    assert check.value < 0.999  # before it, 1
+
+
+@pytest.mark.parametrize(("scale", "colour"), [(0.0, "red"), (0.8, "green"), (1.0, "green"), (30.0, "red")])
+def test_samples_far_from_the_scale_of_latents(scale: float, colour: str) -> None:
+    """A fresh denoiser predicts no flow: what it draws is what it is given."""
+    net, noise = VideoDiT(2, width=64, depth=2, num_heads=2), torch.randn(1, 2, 3, 4, 4)
+    check = check_sample(net, scale * noise, noise, lambda z: z)
+    assert check.colour == colour
+    assert check.value == pytest.approx(float((scale * noise).square().mean()))
+    assert check_sample(net, noise, noise, lambda z: z * torch.nan).colour == "red"
 
 
 def test_the_doctor_leaves_the_random_numbers_alone() -> None:

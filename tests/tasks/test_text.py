@@ -91,13 +91,16 @@ def test_from_captions_to_samples(root: Path, tmp_path: Path) -> None:
 
 def test_texts_and_networks_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     texts, unet = f"data.text={root / 'texts'}", ["model/net=unet3d_tiny"]
+    online = ["data=video", f"data.root={root / 'videos'}", f"model.vae={root / 'vae.ckpt'}", f"size={SIZE}"]
     (tmp_path / "empty").mkdir()
+    save_file({"text": torch.zeros(2, 8)}, tmp_path / "empty" / "of another.safetensors")
     for overrides, match in (
         ([*unet, texts], r"data\.text=.*texts: UNet3D takes no text: leave it out, or use a DiT"),
         ([*NET, texts], r"is of width 16, model\.net takes None: use model\.net\.text_width=16"),
         ([*NET, texts, "model.net.text_width=8"], r"of width 16, model\.net takes 8"),
         ([*NET, "model.net.text_width=8"], r"text_width=8: the data have no texts: give data\.text=DIR"),
         ([*NET, f"data.text={tmp_path / 'empty'}", "model.net.text_width=8"], "praxino-embed-text makes them"),
+        ([*NET, *online, "model.net.text_width=8"], "text_width=8: the data have no texts: texts need data=latents"),
     ):
         with pytest.raises(ConfigError, match=match):
             trained(root, tmp_path / "run", *overrides)

@@ -18,12 +18,13 @@ EXIT_CODE = 75  # EX_TEMPFAIL: queue me again
 class Preemption(pl.Callback):
     """On SIGTERM, SIGUSR1 or SIGUSR2, to any rank: finish the step, save a checkpoint, exit with code 75.
 
-    A second signal kills. The handler only sets a flag, and the ranks agree at the end of a step: Lightning's own,
-    which this replaces, communicates inside the handler and then hangs.
+    The same signal again kills; another one does not, for SLURM sends SIGTERM while the first may still be saving. The
+    handler only sets a flag, and the ranks agree at the end of a step: Lightning's own, which this replaces,
+    communicates inside the handler and then hangs.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: set[int] = set()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take over the signals."""
@@ -37,7 +38,7 @@ class Preemption(pl.Callback):
         """Save and leave, all ranks together, if one of them was told to."""
         if not pl_module.boundary:
             return
-        if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        if not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             return
         checkpoint: Any = trainer.checkpoint_callback
         if checkpoint is not None:
@@ -53,9 +54,9 @@ class Preemption(pl.Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if number in self.received:
             os._exit(128 + number)
-        self.received = number
+        self.received.add(number)
 
 
 def _launched_by_lightning(trainer: pl.Trainer) -> bool:

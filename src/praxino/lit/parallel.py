@@ -1,5 +1,6 @@
 """What is done to a network from outside: parts frozen, activations recomputed, gradients averaged over ranks."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,8 @@ from praxino.models.vae import VideoVAE
 from praxino.ops.attention import AttnBlock3DFix
 from praxino.ops.blocks import ResnetBlock
 from praxino.ops.causal import Stream
+
+log = logging.getLogger(__name__)
 
 SHAPES = 64  # of blocks that are compiled before the rest runs as it is; a network has about twelve
 # dense bf16 operations a second by the makers' data sheets, of the first name that the device's contains
@@ -99,13 +102,28 @@ def checkpoint_blocks(net: nn.Module) -> None:
 def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
     """Keep no activations inside these blocks: the backward pass computes them again."""
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(again, block.forward)
 
 
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile blocks in place; those of one kind share what is compiled, and the names of their weights stay."""
+def again(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run a block under activation checkpointing; a function of ours, for torch compiles no call of its own."""
+    return checkpoint(forward, *args, use_reentrant=False, **options)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
+    """Compile blocks in place; those of one kind share what is compiled, and the names of their weights stay.
+
+    Activations are recomputed within what is compiled: call `recompute_blocks` before.
+    """
+    prepare_compiler()
     for block in blocks:
-        block.compile()
+        block.compile(backend=backend)
+
+
+def prepare_compiler() -> None:
+    """Let blocks have many shapes, and DDP not cut them: they are small, and what recomputes cannot be cut."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    torch._dynamo.config.optimize_ddp = False
 
 
 def compile_vae(net: VideoVAE, backend: str = "inductor") -> None:
@@ -116,14 +134,33 @@ def compile_vae(net: VideoVAE, backend: str = "inductor") -> None:
     pieces of videos, and what is computed without gradients. A foreign network is compiled as a whole. Activations are
     recomputed around what is compiled: call this before `checkpoint_blocks`.
     """
+    prepare_compiler()
     blocks = [module for module in net.modules() if isinstance(module, ResnetBlock | AttnBlock3DFix)]
     if not blocks:
         functorch.donated_buffer = False  # backward may run more than once: see VAEModule.generator_loss
         return net.compile(backend=backend)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    compiled = torch.compile(whole, dynamic=False, backend=backend)
+    compiled = counted(torch.compile(whole, dynamic=False, backend=backend))
     for block in blocks:
         block.forward = partial(in_training, compiled, block)  # type: ignore[method-assign]
+
+
+def counted(compiled: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Warn once where there are more shapes of blocks than are compiled."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        shape = (type(block), x.shape, *(p.shape for p in block.parameters()))
+        if len(seen) <= SHAPES and shape not in seen:
+            seen.add(shape)
+            if len(seen) > SHAPES:
+                log.warning(
+                    "compile: %d shapes of blocks are compiled, further ones run slower, as they are: use clips of "
+                    "fewer sizes, or compile=false",
+                    SHAPES,
+                )
+        return compiled(block, x)
+
+    return run
 
 
 def whole(block: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from praxino import checkpoint
-from praxino.data.latents import read_manifest, read_text
+from praxino.data.latents import read_manifest, read_text, text_file
 from praxino.errors import ConfigError
 from praxino.lit.base import StepModule
 from praxino.lit.dit import DiTModule
@@ -56,7 +56,7 @@ def attach(model: StepModule, cfg: DictConfig, out: Path) -> None:
     """Give a denoiser's training its VAE, and what its checkpoints say of it."""
     if not isinstance(model, DiTModule):
         return
-    check_text(model.net, cfg.data.get("text"))
+    check_text(model.net, cfg)
     vae: VideoVAE | None = model.__dict__["vae"]
     path = find_vae(cfg, out)
     if vae is None and path is None:
@@ -77,21 +77,21 @@ def attach(model: StepModule, cfg: DictConfig, out: Path) -> None:
     model.attach(vae, reference)
 
 
-def check_text(net: Denoiser, text: str | None) -> None:
+def check_text(net: Denoiser, cfg: DictConfig) -> None:
     """Raise ConfigError unless the data have texts of the width that a network takes, or neither has to do with any."""
-    name, width = type(net).__name__, net.text_width
+    name, width, text = type(net).__name__, net.text_width, cfg.data.get("text")
     if text is None:
         if width is not None:
-            raise ConfigError(
-                f"model.net.text_width={width}: the data have no texts: give data.text=DIR, or leave it out"
-            )
+            remedy = "give data.text=DIR" if is_latents(cfg) else "texts need data=latents"
+            raise ConfigError(f"model.net.text_width={width}: the data have no texts: {remedy}, or leave it out")
         return
-    file = next(Path(text).expanduser().rglob("*.safetensors"), None)
-    if file is None:
-        raise ConfigError(f"data.text={text} holds no embedded text: praxino-embed-text makes them")
+    clip = read_manifest(cfg.data.root).clips[0].path
+    file = text_file(str(Path(text).expanduser()), clip)
+    if not Path(file).is_file():
+        raise ConfigError(f"data.text={text} holds no embedded text of {clip!a}: praxino-embed-text makes them")
     if "text_width" not in net.config:
         raise ConfigError(f"data.text={text}: {name} takes no text: leave it out, or use a DiT, e.g. model/net=dit_s")
-    if width != (found := read_text(str(file)).shape[1]):
+    if width != (found := read_text(file).shape[1]):
         raise ConfigError(
             f"data.text={text} is of width {found}, model.net takes {width}: use model.net.text_width={found}"
         )
