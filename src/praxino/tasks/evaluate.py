@@ -13,6 +13,7 @@ from praxino import checkpoint
 from praxino.config import check_call
 from praxino.data.clips import Short, Where
 from praxino.data.transforms import Size
+from praxino.data.usable import spread
 from praxino.errors import ConfigError
 from praxino.metrics.image import Window
 from praxino.tasks import imagined
@@ -239,7 +240,7 @@ def evaluate_trees(
     pairs, problems = find_pairs(first, second)
     rejected: list[Row] = [problem.to_json() for problem in problems]
     ranks.on_first(lambda: check_pairs(pairs, problems, first, second, outcome.target, unpaired))
-    pairs = pairs[: reading.limit]
+    pairs = spread(pairs, reading.limit)
     suite, distances = judge.suite(ranks.device), judge.distances(None, ranks.device)
     pictures = Pictures(outcome.shown, len(pairs))
     mine = dict(list(enumerate(pairs))[ranks.rank :: ranks.world])

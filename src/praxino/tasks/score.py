@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from praxino.data.clips import ClipSampler, Short, Where
 from praxino.data.scan import Entry
 from praxino.data.transforms import Resize, Size
-from praxino.data.usable import Usable, find_usable
+from praxino.data.usable import Usable, find_usable, spread
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import DataError, NonFiniteError
 from praxino.metrics.suite import PairMeter, PairSuite
@@ -169,7 +169,7 @@ class Reading:
         size: a square of that many pixels, or [height, width], resized and centre-cropped; None: as stored.
         short: what becomes of videos that are shorter than a clip.
         where: the part of a video that its clip is of; random: drawn from `seed` and the place in the list.
-        limit: the first so many videos.
+        limit: keep that many videos, evenly spread over the sorted paths.
     """
 
     frames: int | None = 17
@@ -199,7 +199,7 @@ class Reading:
             usable.rejected = [rejection for rejection in usable.rejected if rejection.path in listed]
             if missing := listed - {entry.path for entry in usable.entries} - {r.path for r in usable.rejected}:
                 raise DataError(f"{rows} lists {len(missing)} videos that are not there, first {min(missing)!a}")
-        return replace(usable, entries=usable.entries[: self.limit])
+        return replace(usable, entries=spread(usable.entries, self.limit))
 
     def load(
         self, root: str | Path, entries: Sequence[Entry], share: slice = slice(None), pin: bool = False
