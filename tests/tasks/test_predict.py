@@ -171,7 +171,9 @@ def test_four_times_the_length_of_training_in_a_window(
         predicted(run, videos / "a.mp4", tmp_path / "no", frames=36)
     monkeypatch.setattr(VideoDiT, "forward", counted)
     monkeypatch.setattr(stream.Decoder, "push", watched)
-    predicted(run, videos / "a.mp4", tmp_path, frames=36, rollout="sliding", overlap=8, samples=1)
+    result = predicted(run, videos / "a.mp4", tmp_path, frames=36, rollout="sliding", overlap=8, samples=1)
+    told = {"window": None, "window_latents": 3, "overlap": 8, "overlap_latents": 2, "precision": "32"}
+    assert told.items() <= result["protocol"].items()
     assert max(windows) <= 3  # of 9 latents
     assert max(pushed) <= 3
     full = video.read(tmp_path / "full" / "a.mp4", index_dir=None)
@@ -195,6 +197,26 @@ def test_what_does_not_fit(run: Path, videos: Path, tmp_path: Path) -> None:
     alone = make_run(tmp_path / "alone", drop=None, context=None)
     with pytest.raises(ConfigError, match="trained without given frames"):
         predicted(alone, videos, tmp_path / "alone-out")
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_prediction_that_is_not_finite_does_not_end_the_run(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: bool
+) -> None:
+    """Measured or not: of two steps a video, the third call is of the second video."""
+    forward, calls = VideoDiT.forward, []
+
+    def broken(self: VideoDiT, z: Tensor, *rest: Any) -> Tensor:
+        calls.append(z)
+        return forward(self, z, *rest) * (torch.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(VideoDiT, "forward", broken)
+    predicted(run, videos, tmp_path, compare=compare, samples=1)
+    rejected = {row["path"]: row["reason"] for row in map(json.loads, (tmp_path / "rejected.jsonl").open())}
+    assert rejected == {"c.mp4": "not_finite", "x.mp4": "short"}
+    rows = [json.loads(line)["path"] for line in (tmp_path / "predictions.jsonl").open()]
+    assert rows == ["a.mp4", "deep/b.mp4", "six.mp4"]
+    assert not (tmp_path / "full" / "c.mp4").exists()
 
 
 def test_odd_sizes_are_padded_and_cut(run: Path, tmp_path: Path) -> None:

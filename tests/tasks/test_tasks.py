@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch import Tensor
 
 import praxino
 from praxino import checkpoint, video
@@ -22,7 +24,7 @@ from praxino.models.wfvae import WFVAE
 from praxino.tasks.common import measure
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.make_data import run as make_data
-from praxino.tasks.reconstruct import fitting_chunk, output_names, reconstruct
+from praxino.tasks.reconstruct import fitting_chunk, output_names, pairs, reconstruct
 from praxino.tasks.train import run as train
 
 NET = ["model.net.base_channels=8", "model.net.encoder_energy_flow_hidden_size=8"]
@@ -315,3 +317,24 @@ def test_what_is_not_finite_is_not_measured() -> None:
     assert found["ssim"].isnan().all()  # 8 pixels are fewer than its window has
     with pytest.raises(NonFiniteError, match="what was decoded is not finite: use precision=32"):
         measure(x, x / 0)
+
+
+def test_a_reconstruction_that_is_not_finite_does_not_end_the_run(
+    finished: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[Any] = []
+
+    def broken(*given: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        calls.append(given)
+        for x, y in pairs(*given):
+            yield x, y * torch.nan if len(calls) == 2 else y
+
+    monkeypatch.setattr("praxino.tasks.reconstruct.pairs", broken)
+    result = reconstruct(vae=str(finished), input=str(videos / "train"), out=str(tmp_path), limit=3)
+    assert (result["videos"], result["rejected"]) == (2, 1)
+    (bad,) = map(json.loads, (tmp_path / "rejected.jsonl").open())
+    good = [json.loads(line)["output"] for line in (tmp_path / "reconstructions.jsonl").open()]
+    assert bad["reason"] == "not_finite"
+    assert f"{bad['path']}: not_finite: what was decoded is not finite" in caplog.text
+    assert sorted(good) == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mp4"))
+    assert bad["path"] not in good

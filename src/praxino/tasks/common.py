@@ -27,10 +27,8 @@ from praxino.config import redacted
 from praxino.data.transforms import Resize, Size
 from praxino.errors import ConfigError, NonFiniteError, StorageError
 from praxino.metrics.suite import PairSuite
-from praxino.models.vae import VideoVAE, check_clip
-from praxino.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-
-__all__ = ["check_clip"]
+from praxino.models.vae import VideoVAE
+from praxino.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeFailure
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +167,24 @@ def make_resize(size: Size) -> Resize:
         raise ConfigError(str(error)) from error
 
 
+def check_finite(y: Tensor) -> None:
+    """Raise NonFiniteError for frames that cannot be shown or measured."""
+    if not y.isfinite().all():
+        raise NonFiniteError("what was decoded is not finite: use precision=32, or other weights")
+
+
+def pass_over(path: str, error: DecodeFailure | NonFiniteError) -> dict[str, str]:
+    """Warn of a video of which nothing is made; return its row of rejected.jsonl."""
+    if isinstance(error, DecodeFailure):
+        log.warning("%s", error)
+        return {"path": path, "reason": error.reason, "detail": error.detail}
+    log.warning("%s: not_finite: %s", ascii(path)[1:-1], error)
+    return {"path": path, "reason": "not_finite", "detail": str(error)}
+
+
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return psnr and ssim of videos `(B, C, T, H, W)`, `(B,)`; ssim is NaN where its window does not fit."""
-    if not y.isfinite().all():
-        raise NonFiniteError("what was decoded is not finite: use precision=32, or another VAE")
+    check_finite(y)
     scores = PairSuite(("psnr", "ssim")).score(x, y)
     return {name: scores[name] for name in ("psnr", "ssim")}
 

@@ -26,13 +26,12 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError
-from praxino.models.vae import VideoVAE
+from praxino.models.vae import VideoVAE, check_clip
 from praxino.tasks.cache import Workplace, begin, repaired
 from praxino.tasks.common import (
     Precision,
     at_least,
     check_chunk,
-    check_clip,
     check_outside,
     make_directory,
     make_resize,

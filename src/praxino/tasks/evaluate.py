@@ -16,12 +16,12 @@ from praxino.data.transforms import Size
 from praxino.data.usable import spread
 from praxino.errors import ConfigError
 from praxino.metrics.image import Window
+from praxino.models.vae import check_clip
 from praxino.tasks import imagined
 from praxino.tasks.common import (
     FLOAT32,
     Precision,
     at_least,
-    check_clip,
     check_outside,
     make_directory,
     make_resize,

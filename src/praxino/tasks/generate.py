@@ -18,6 +18,7 @@ from praxino.errors import ConfigError
 from praxino.models.conditioning import Condition
 from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
+from praxino.tasks.common import check_finite
 from praxino.tasks.guided import Guidance, Guided
 from praxino.tasks.reconstruct import fitting_chunk
 
@@ -183,7 +184,7 @@ def frames_of(vae: VideoVAE, latents: int) -> int:
 def decode(vae: VideoVAE, pieces: Iterator[Tensor], length: int, batch: int) -> Iterator[Tensor]:
     """Yield frames `(B, 3, t, H, W)` in [-1, 1] from normalised latents that come in order, `length` of them.
 
-    Memory does not depend on the length where the VAE streams. `batch` rows are decoded at once.
+    Memory does not depend on the length where the VAE streams. `batch` rows are decoded at once. Raises NonFiniteError.
     """
     if not vae.streamable:
         pieces = iter([torch.cat(list(pieces), dim=2)])
@@ -197,9 +198,10 @@ def decode(vae: VideoVAE, pieces: Iterator[Tensor], length: int, batch: int) -> 
             rows = vae.denormalize(part.float()).split(batch)
             decoders = decoders or [stream.Decoder(vae) for _ in rows]
             frames = [d.push(z, done == length) for d, z in zip(decoders, rows, strict=True)]
-            ready = [y.float().clamp(-1, 1) for y in frames if y is not None]
-            if ready:
-                yield torch.cat(ready)
+            if ready := [y for y in frames if y is not None]:
+                y = torch.cat(ready).float()
+                check_finite(y)
+                yield y.clamp(-1, 1)
 
 
 def seed_of(seed: int, *names: Any) -> int:

@@ -13,7 +13,7 @@ from praxino.tasks.common import measure, show_table, without_nan, write_csv
 
 log = logging.getLogger(__name__)
 
-METRICS = ("psnr", "ssim")
+SCORES = ("psnr", "ssim")
 PROTOCOL = {
     "sample": "the first sample",
     "mean": "mean of the decoded samples",
@@ -29,7 +29,7 @@ def judge(truth: Tensor, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return PSNR and SSIM of every frame `(2, t)` of predictions of a video `(3, t, H, W)`."""
     x = truth.transpose(0, 1)[:, :, None]  # a video of one frame each
     scores = {key: measure(x, y.transpose(0, 1)[:, :, None]) for key, y in predictions.items()}
-    return {key: torch.stack([score[metric] for metric in METRICS]) for key, score in scores.items()}
+    return {key: torch.stack([score[metric] for metric in SCORES]) for key, score in scores.items()}
 
 
 def score(curves: list[dict[str, Any]], context: int) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def score(curves: list[dict[str, Any]], context: int) -> dict[str, Any]:
     keys = list(curves[0])
     stacked = {key: torch.tensor([curve[key] for curve in curves], dtype=torch.float64) for key in keys}  # (N, 2, t)
     result: dict[str, Any] = {"horizon": {"frame": list(range(context, context + stacked[keys[0]].shape[2]))}}
-    for index, metric in enumerate(METRICS):
+    for index, metric in enumerate(SCORES):
         result[metric] = without_nan({key: float(values[:, index].mean()) for key, values in stacked.items()})
         means = {key: values[:, index].mean(dim=0).tolist() for key, values in stacked.items()}
         result["horizon"][metric] = {key: None if result[metric][key] is None else m for key, m in means.items()}
@@ -58,7 +58,7 @@ def report(result: dict[str, Any], target: Path, compare: bool) -> None:
             log.warning("no video is as long as frames=%d: nothing is measured", result["frames"])
         return
     horizon = result["horizon"]
-    columns = {f"{metric}_{key}": values for metric in METRICS for key, values in horizon[metric].items()}
+    columns = {f"{metric}_{key}": values for metric in SCORES for key, values in horizon[metric].items()}
     rows = [
         {"frame": frame, **{name: None if values is None else values[k] for name, values in columns.items()}}
         for k, frame in enumerate(horizon["frame"])

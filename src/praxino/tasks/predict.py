@@ -18,7 +18,7 @@ from praxino import stream
 from praxino.config import check_call
 from praxino.data.transforms import Resize, Size
 from praxino.diffusion.solve import Sampler
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.tasks.common import (
     Precision,
     at_least,
@@ -26,6 +26,7 @@ from praxino.tasks.common import (
     check_written,
     make_directory,
     make_resize,
+    pass_over,
     precision_context,
     refuse_foreign,
     versions,
@@ -34,7 +35,7 @@ from praxino.tasks.common import (
     write_jsonl,
 )
 from praxino.tasks.generate import Generator, Rollout, decode, latents_of, seed_of
-from praxino.tasks.horizon import METRICS, PROTOCOL, judge, report, score, summary
+from praxino.tasks.horizon import PROTOCOL, SCORES, judge, report, score, summary
 from praxino.tasks.opening import Settings, open_generator
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
@@ -146,9 +147,8 @@ def predict(
                     writers = {kind: (target / kind / name, codec_of(kind, lossless), quality) for kind in kinds}
                     try:
                         rows.append({"path": source, "output": name, **plan.predict(root, source, writers)})
-                    except DecodeFailure as failure:
-                        log.warning("%s", failure)
-                        failed.append({"path": source, "reason": failure.reason, "detail": failure.detail})
+                    except (DecodeFailure, NonFiniteError) as error:
+                        failed.append(pass_over(source, error))
                     else:
                         log.info("%s", summary(rows[-1]))
             return rows, failed
@@ -156,8 +156,9 @@ def predict(
         parts = ranks.on_all(work)
         rows = sorted((row for part in parts for row in part[0]), key=lambda row: sources.index(row["path"]))
         rejected += [row for part in parts for row in part[1]]
-        protocol = asdict(settings) | {"window": generator.window, "overlap": generator.overlap}  # in latents
-        protocol |= {"input": input, "start": start, "stride": stride, "size": size, "seed": seed, **PROTOCOL}
+        protocol = asdict(settings) | {"window_latents": generator.window, "overlap_latents": generator.overlap}
+        protocol |= {"input": input, "start": start, "stride": stride, "size": size, "seed": seed}
+        protocol |= {"precision": precision, **PROTOCOL}
 
         def finish() -> dict[str, Any]:
             write_jsonl(target / "rejected.jsonl", rejected)
@@ -276,7 +277,7 @@ class Plan:
                         curves.setdefault(key, []).append(scores)
         joined = {key: torch.cat(scores, dim=1).tolist() for key, scores in curves.items()}  # (2, frames)
         row: Row = {"frames": self.frames, "context": self.context, "size": size, "fps": float(fps), "measured": known}
-        for index, metric in enumerate(METRICS):
+        for index, metric in enumerate(SCORES):
             row[metric] = {key: statistics.fmean(both[index]) for key, both in joined.items()} if known else None
             row[metric] = without_nan(row[metric]) if known else None
         return {**row, "seconds": round(time.perf_counter() - begun, 3), "curves": joined if known else None}

@@ -18,7 +18,7 @@ from praxino.config import check_call
 from praxino.data.clips import ClipSampler
 from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import (
     Precision,
@@ -30,6 +30,7 @@ from praxino.tasks.common import (
     make_resize,
     mean_of,
     measure,
+    pass_over,
     pick_device,
     precision_context,
     refuse_foreign,
@@ -121,9 +122,8 @@ def reconstruct(
             with Video(root / source) as video, precision_context(chosen, precision):
                 clip = Clip(video, frames, stride, resize, chunk, tiles)
                 row = clip.through(model, chosen, paths, lossless, quality)
-        except DecodeFailure as failure:
-            log.warning("%s", failure)
-            rejected.append({"path": source, "reason": failure.reason, "detail": failure.detail})
+        except (DecodeFailure, NonFiniteError) as error:
+            rejected.append(pass_over(source, error))
             continue
         name = str(paths["reconstruction"].relative_to(target))
         rows.append({"path": source, "output": name, **row})
@@ -136,7 +136,9 @@ def reconstruct(
     write_jsonl(target / "reconstructions.jsonl", rows)
     write_jsonl(target / "rejected.jsonl", rejected)
     if not rows:
-        raise DataError(f"none of {len(sources)} videos under {input} could be read: see {target / 'rejected.jsonl'}")
+        raise DataError(
+            f"none of {len(sources)} videos under {input} could be reconstructed: see {target / 'rejected.jsonl'}"
+        )
     means = {metric: mean_of(rows, metric) for metric in ("psnr", "ssim")}
     show_table(
         f"Reconstructions in {target}",
