@@ -85,14 +85,15 @@ def test_only_whole_videos_that_teach_are_compiled(compiled):
     assert all(id(block) in own for block, _ in compiled)
 
 
-def test_a_network_without_blocks_of_ours_is_compiled_as_a_whole(monkeypatch):
-    monkeypatch.setattr(functorch, "donated_buffer", True)
-    net = IdentityVAE()
-    compile_vae(net, backend="eager")
-    x = torch.rand(1, 3, 5, 8, 8, requires_grad=True)
-    torch.testing.assert_close(net(x, sample=False).recon, IdentityVAE()(x, sample=False).recon)
-    assert net._compiled_call_impl is not None
-    assert not functorch.donated_buffer
+def test_a_network_without_blocks_of_ours_is_compiled_as_a_whole():
+    with functorch.patch(donated_buffer=True):
+        net = IdentityVAE()
+        compile_vae(net, backend="eager")
+        x = torch.rand(1, 3, 5, 8, 8, requires_grad=True)
+        torch.testing.assert_close(net(x, sample=False).recon, IdentityVAE()(x, sample=False).recon)
+        assert net._compiled_call_impl is not None
+        assert not functorch.donated_buffer
+    assert functorch.donated_buffer
 
 
 @pytest.fixture
