@@ -28,8 +28,8 @@ from praxino.metrics.suite import PairSuite
 from praxino.metrics.summary import describe
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.score import Reading, Row, score_vae, score_whole
-from praxino.tasks.verdict import pooled
+from praxino.tasks.evaluation.score import Reading, Row, score_vae, score_whole
+from praxino.tasks.evaluation.verdict import pooled
 from praxino.video import Writer, to_uint8
 
 FILES = {"lossless H.264 (RGB)": "lossless", "H.264, crf 18": "h264", "mp4v (OpenCV)": "mp4v"}

@@ -57,7 +57,7 @@ LIBRARIES = {
     "omegaconf": {"config", "tasks", "cli"},
     "wandb": {"callbacks/media"},
     "lpips": {"losses/perceptual", "metrics"},
-    "matplotlib": {"tasks/figure", "tasks/pareto"},
+    "matplotlib": {"tasks/figure", "tasks/evaluation/pareto"},
     "transformers": {"tasks/embed_text"},
     "torchmetrics": {"losses/perceptual", "metrics", "lit"},
 }

@@ -16,9 +16,9 @@ from praxino.models.vae import Posterior
 from praxino.models.wfvae import WFVAE
 from praxino.official import save_official
 from praxino.tasks.benchmark import benchmark
-from praxino.tasks.contest import Fitted
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.pareto import front, pareto, points_of
+from praxino.tasks.evaluation.contest import Fitted
+from praxino.tasks.evaluation.pareto import front, pareto, points_of
 
 TINY: dict[str, Any] = {"base_channels": 8, "latent_dim": 4, "encoder_num_resblocks": 1, "decoder_num_resblocks": 1}
 TINY |= {"encoder_energy_flow_hidden_size": 8, "decoder_energy_flow_hidden_size": 8, "norm_type": "layernorm"}

@@ -23,7 +23,7 @@ from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.models.vae import VideoVAE, describe
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.encode import encode, run
-from praxino.tasks.store import fingerprint
+from praxino.tasks.encoding.store import fingerprint
 from praxino.tasks.train import run as train
 
 TINY: dict[str, Any] = {

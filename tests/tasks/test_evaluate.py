@@ -29,11 +29,11 @@ from praxino.metrics.frechet import frechet_distance
 from praxino.metrics.image import psnr, ssim
 from praxino.metrics.suite import PairSuite
 from praxino.models.wfvae import WFVAE
-from praxino.tasks.compare import Gaussian
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.score import Recorder
-from praxino.tasks.shown import LONGEST, SIDE, Pictures, tagged
-from praxino.tasks.verdict import Judge, pooled
+from praxino.tasks.evaluation.compare import Gaussian
+from praxino.tasks.evaluation.score import Recorder
+from praxino.tasks.evaluation.shown import LONGEST, SIDE, Pictures, tagged
+from praxino.tasks.evaluation.verdict import Judge, pooled
 
 TINY: dict[str, Any] = {
     "latent_dim": 3,

@@ -21,8 +21,8 @@ from praxino.data.synthetic import draw
 from praxino.errors import ConfigError, DataError
 from praxino.models.conditioning import Condition
 from praxino.models.dit import VideoDiT
-from praxino.tasks.generate import seed_of
-from praxino.tasks.opening import Settings, open_generator
+from praxino.tasks.generation.generate import seed_of
+from praxino.tasks.generation.opening import Settings, open_generator
 from praxino.tasks.predict import predict
 
 

@@ -22,8 +22,8 @@ from praxino.diffusion.time import UniformTime
 from praxino.errors import CheckpointError, ConfigError
 from praxino.lit.context import Context
 from praxino.models.dit import VideoDiT
-from praxino.tasks import generate
-from praxino.tasks.generate import seed_of
+from praxino.tasks.generation import generate
+from praxino.tasks.generation.generate import seed_of
 from praxino.tasks.sample import sample
 
 

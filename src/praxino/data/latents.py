@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the VAE, as `tasks.store.fingerprint` takes it."""
+        """The SHA-256 of the VAE, as `tasks.encoding.store.fingerprint` takes it."""
         return self.head["fingerprint"]
 
     @property

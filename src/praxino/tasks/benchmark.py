@@ -32,14 +32,14 @@ from praxino.tasks.common import (
     write_csv,
     write_jsonl,
 )
-from praxino.tasks.contest import BITS, MEMORY, Contender, Contest
-from praxino.tasks.pareto import pareto
+from praxino.tasks.evaluation.contest import BITS, MEMORY, Contender, Contest
+from praxino.tasks.evaluation.pareto import pareto
+from praxino.tasks.evaluation.protocol import changes
+from praxino.tasks.evaluation.report import Clip, Report, write_report
+from praxino.tasks.evaluation.score import Reading, Row
+from praxino.tasks.evaluation.shown import ORIGINAL, RECONSTRUCTION
+from praxino.tasks.evaluation.verdict import Judge, note_short
 from praxino.tasks.plot import names_of
-from praxino.tasks.protocol import changes
-from praxino.tasks.report import Clip, Report, write_report
-from praxino.tasks.score import Reading, Row
-from praxino.tasks.shown import ORIGINAL, RECONSTRUCTION
-from praxino.tasks.verdict import Judge, note_short
 
 log = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from praxino.tasks.common import (
 )
 from praxino.tasks.doctor_check import Check, Colour
 from praxino.tasks.doctor_dit import check_latent_training
+from praxino.tasks.evaluation.score import Reading
 from praxino.tasks.params import Kept
-from praxino.tasks.score import Reading
 from praxino.video import to_float
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError
 from praxino.models.vae import VideoVAE, check_clip
-from praxino.tasks.cache import Workplace, begin, repaired
 from praxino.tasks.common import (
     Precision,
     at_least,
@@ -42,9 +41,10 @@ from praxino.tasks.common import (
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.parts import Part, batched, cut, due_bytes, fitting, merge, push_size
+from praxino.tasks.encoding.cache import Workplace, begin, repaired
+from praxino.tasks.encoding.parts import Part, batched, cut, due_bytes, fitting, merge, push_size
+from praxino.tasks.encoding.store import fingerprint, place_of, store_statistics
 from praxino.tasks.ranks import Ranks, launch
-from praxino.tasks.store import fingerprint, place_of, store_statistics
 from praxino.video import DecodeFailure, Video
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from praxino.data.usable import spread
 from praxino.errors import ConfigError
 from praxino.metrics.image import Window
 from praxino.models.vae import check_clip
-from praxino.tasks import imagined
 from praxino.tasks.common import (
     FLOAT32,
     Precision,
@@ -28,14 +27,15 @@ from praxino.tasks.common import (
     pick_device,
     precision_context,
 )
-from praxino.tasks.compare import RANDOM, compare_sets, known_statistics, settle
-from praxino.tasks.pairs import check_pairs, find_pairs, read_tree
-from praxino.tasks.protocol import Mode, changes, check_heeded, identify
+from praxino.tasks.evaluation import imagined
+from praxino.tasks.evaluation.compare import RANDOM, compare_sets, known_statistics, settle
+from praxino.tasks.evaluation.pairs import check_pairs, find_pairs, read_tree
+from praxino.tasks.evaluation.protocol import Mode, changes, check_heeded, identify
+from praxino.tasks.evaluation.report import Clip
+from praxino.tasks.evaluation.score import Reading, Row, Scores, Watcher, score_pairs, score_vae, score_whole
+from praxino.tasks.evaluation.shown import Pictures, thumbnails
+from praxino.tasks.evaluation.verdict import Judge, Outcome, mean_curves
 from praxino.tasks.ranks import Ranks, launch
-from praxino.tasks.report import Clip
-from praxino.tasks.score import Reading, Row, Scores, Watcher, score_pairs, score_vae, score_whole
-from praxino.tasks.shown import Pictures, thumbnails
-from praxino.tasks.verdict import Judge, Outcome, mean_curves
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def evaluate(
 
     * `vae data.root`: reconstructions in memory, by the posterior's mode, clamped to [-1, 1] and not rounded.
     * `real fake`: the videos of two trees against their namesakes, all frames as they decode, at their own size.
-    * `real fake paired=false`: two sets, by a clip of each video (`praxino.tasks.compare.compare_sets`).
+    * `real fake paired=false`: two sets, by a clip of each video (`praxino.tasks.evaluation.compare.compare_sets`).
     * `ckpt real`: the same for `n` samples, which are written to `out/samples`.
     * `ckpt input`: predictions after `context` frames against what came, which are written to `out/predictions`.
 
@@ -100,9 +100,10 @@ def evaluate(
         metrics: of pairs: psnr, ssim, ms_ssim, difference, flicker, lpips.
         window: of SSIM: valid, as in the literature, or reflect, as torchmetrics has it.
         lpips: net, weights, sha256, spatial: see `praxino.losses.perceptual.LPIPS`.
-        fvd, fid: see `praxino.tasks.compare.Fvd` and `Fid`; they are measured where a detector is given.
-        frames, stride, fps, size, short, where, seed, limit: the clips, see `praxino.tasks.score.Reading`. A VAE is
-            measured on whole videos with frames=null, at their own size with size=null, in memory that does not grow.
+        fvd, fid: see `praxino.tasks.evaluation.compare.Fvd` and `Fid`; they are measured where a detector is given.
+        frames, stride, fps, size, short, where, seed, limit: the clips, see `praxino.tasks.evaluation.score.Reading`.
+            A VAE is measured on whole videos with frames=null, at their own size with size=null, in memory that does
+            not grow.
         report: write report.html, with `shown` of the worst, the best and other videos.
         devices, num_nodes: processes, which share the batches; the numbers do not depend on them.
 

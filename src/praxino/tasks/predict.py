@@ -34,9 +34,9 @@ from praxino.tasks.common import (
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.generate import Generator, Rollout, decode, latents_of, seed_of
-from praxino.tasks.horizon import PROTOCOL, SCORES, judge, report, score, summary
-from praxino.tasks.opening import Settings, open_generator
+from praxino.tasks.generation.generate import Generator, Rollout, decode, latents_of, seed_of
+from praxino.tasks.generation.horizon import PROTOCOL, SCORES, judge, report, score, summary
+from praxino.tasks.generation.opening import Settings, open_generator
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8

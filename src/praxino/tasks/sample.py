@@ -35,8 +35,8 @@ from praxino.tasks.common import (
     write_atomic,
     write_jsonl,
 )
-from praxino.tasks.generate import Rollout, decode, frames_of, seed_of
-from praxino.tasks.opening import Settings, is_denoiser, open_generator
+from praxino.tasks.generation.generate import Rollout, decode, frames_of, seed_of
+from praxino.tasks.generation.opening import Settings, is_denoiser, open_generator
 from praxino.tasks.ranks import launch
 from praxino.video import Video, Writer, to_uint8
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from praxino.metrics.summary import DIRECTION
-from praxino.tasks.score import Row
+from praxino.tasks.evaluation.score import Row
 
 INK, FAINT, BEST = "#2b2f36", "#8a9099", "#2f6fb3"
 LABELS = {

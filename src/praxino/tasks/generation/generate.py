@@ -19,7 +19,7 @@ from praxino.models.conditioning import Condition
 from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import check_finite
-from praxino.tasks.guided import Guidance, Guided
+from praxino.tasks.generation.guided import Guidance, Guided
 from praxino.tasks.reconstruct import fitting_chunk
 
 log = logging.getLogger(__name__)

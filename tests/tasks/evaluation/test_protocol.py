@@ -14,8 +14,8 @@ from praxino.models.wfvae import WFVAE
 from praxino.tasks.benchmark import benchmark
 from praxino.tasks.common import versions
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.protocol import changes, identify
-from praxino.tasks.verdict import Judge, mean_curves
+from praxino.tasks.evaluation.protocol import changes, identify
+from praxino.tasks.evaluation.verdict import Judge, mean_curves
 
 
 def composed(name: str, *overrides: str) -> dict[str, Any]:

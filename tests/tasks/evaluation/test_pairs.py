@@ -11,8 +11,8 @@ from praxino.data.synthetic import draw
 from praxino.errors import DataError
 from praxino.tasks.common import stem
 from praxino.tasks.evaluate import evaluate
-from praxino.tasks.pairs import find_pairs, read_tree
-from praxino.tasks.score import Reading
+from praxino.tasks.evaluation.pairs import find_pairs, read_tree
+from praxino.tasks.evaluation.score import Reading
 
 
 def write(path: Path, frames: int = 3, size: int = 16, codec: str | None = "lossless", seed: int = 0) -> None:

@@ -24,10 +24,10 @@ from praxino.data.latents import LatentReader, Manifest, read_manifest, verify
 from praxino.data.synthetic import draw
 from praxino.errors import BusyError, ConfigError, DataError
 from praxino.models.wfvae import WFVAE
-from praxino.tasks.cache import Workplace
 from praxino.tasks.encode import encode
-from praxino.tasks.parts import BYTES, cut
-from praxino.tasks.store import fingerprint
+from praxino.tasks.encoding.cache import Workplace
+from praxino.tasks.encoding.parts import BYTES, cut
+from praxino.tasks.encoding.store import fingerprint
 
 TINY: dict[str, Any] = {
     "latent_dim": 3,

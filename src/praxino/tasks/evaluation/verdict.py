@@ -19,9 +19,9 @@ from praxino.metrics.image import LEAST, Window, to_decibel
 from praxino.metrics.suite import METRICS, PairSuite
 from praxino.metrics.summary import describe
 from praxino.tasks.common import show_table, versions, write_atomic, write_csv, write_jsonl
-from praxino.tasks.compare import Fid, Fvd, SetDistance, open_distances
-from praxino.tasks.report import Clip, Kind, Report, write_report
-from praxino.tasks.score import Curves, Row, Scores
+from praxino.tasks.evaluation.compare import Fid, Fvd, SetDistance, open_distances
+from praxino.tasks.evaluation.report import Clip, Kind, Report, write_report
+from praxino.tasks.evaluation.score import Curves, Row, Scores
 
 WORDS = {
     "psnr": "data range 1, 100 dB at most, mean over frames; psnr_clip: of the mean squared error of a video; "

@@ -16,8 +16,8 @@ from praxino.errors import ConfigError
 from praxino.models.denoiser import Denoiser
 from praxino.models.vae import VideoVAE
 from praxino.tasks.common import at_least
-from praxino.tasks.generate import Generator, Rollout, latents_of
-from praxino.tasks.guided import Guidance
+from praxino.tasks.generation.generate import Generator, Rollout, latents_of
+from praxino.tasks.generation.guided import Guidance
 
 
 @dataclass(frozen=True)

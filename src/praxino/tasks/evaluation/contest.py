@@ -23,13 +23,13 @@ from praxino.metrics.summary import describe
 from praxino.models.vae import HALVES, Posterior, VideoVAE
 from praxino.stream import pad_space, pad_time
 from praxino.tasks.common import Precision, precision_context
-from praxino.tasks.compare import known_statistics, settle
-from praxino.tasks.protocol import identify
+from praxino.tasks.evaluation.compare import known_statistics, settle
+from praxino.tasks.evaluation.protocol import identify
+from praxino.tasks.evaluation.report import Clip
+from praxino.tasks.evaluation.score import Reading, Row, Scores, score_vae
+from praxino.tasks.evaluation.shown import Pictures
+from praxino.tasks.evaluation.verdict import Judge, pooled
 from praxino.tasks.ranks import Ranks
-from praxino.tasks.report import Clip
-from praxino.tasks.score import Reading, Row, Scores, score_vae
-from praxino.tasks.shown import Pictures
-from praxino.tasks.verdict import Judge, pooled
 from praxino.video import to_float
 
 log = logging.getLogger(__name__)

@@ -12,15 +12,15 @@ import torch
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.suite import TEMPORAL, PairSuite
 from praxino.tasks.common import FLOAT32, pick_device, precision_context
-from praxino.tasks.compare import LEAST_OTHERS, LEAST_REAL
+from praxino.tasks.evaluation.compare import LEAST_OTHERS, LEAST_REAL
+from praxino.tasks.evaluation.report import Clip
+from praxino.tasks.evaluation.score import Curves, Reading, Recorder, Row, Scores
+from praxino.tasks.evaluation.shown import DIFFERENCE, LONGEST, amplify, shrink, tagged
+from praxino.tasks.evaluation.verdict import Judge, Outcome, checked, mean_curves
 from praxino.tasks.predict import predict
 from praxino.tasks.ranks import is_first
 from praxino.tasks.reconstruct import fitting_chunk
-from praxino.tasks.report import Clip
 from praxino.tasks.sample import sample, shape_of
-from praxino.tasks.score import Curves, Reading, Recorder, Row, Scores
-from praxino.tasks.shown import DIFFERENCE, LONGEST, amplify, shrink, tagged
-from praxino.tasks.verdict import Judge, Outcome, checked, mean_curves
 from praxino.video import Video, to_float, to_uint8
 
 SAMPLE, MEAN, COPY = "sample", "mean", "copy_last"

@@ -20,7 +20,7 @@ from praxino.errors import DataError, NonFiniteError
 from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import make_resize, without_nan
-from praxino.tasks.pairs import Pair, read_outputs
+from praxino.tasks.evaluation.pairs import Pair, read_outputs
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
 from praxino.video import DecodeFailure, Video, to_float

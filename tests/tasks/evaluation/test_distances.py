@@ -16,13 +16,13 @@ from praxino import video
 from praxino.data.synthetic import draw
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.frechet import frechet_distance
-from praxino.tasks import collect, imagined
-from praxino.tasks.collect import Collected
 from praxino.tasks.common import precision_context
-from praxino.tasks.compare import FRAMES, Fid, Fvd, SetDistance, open_distances, settle
 from praxino.tasks.evaluate import evaluate
+from praxino.tasks.evaluation import collect, imagined
+from praxino.tasks.evaluation.collect import Collected
+from praxino.tasks.evaluation.compare import FRAMES, Fid, Fvd, SetDistance, open_distances, settle
+from praxino.tasks.evaluation.score import Reading
 from praxino.tasks.ranks import Ranks
-from praxino.tasks.score import Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 CPU = torch.device("cpu")

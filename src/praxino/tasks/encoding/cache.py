@@ -10,7 +10,7 @@ from typing import IO, Any, Self
 from praxino.data.latent_file import ShardWriter, write_durably
 from praxino.data.latents import MANIFEST, WORK, has_size, is_sound, read_manifest
 from praxino.errors import BusyError, ConfigError, DataError
-from praxino.tasks.parts import Part
+from praxino.tasks.encoding.parts import Part
 
 log = logging.getLogger(__name__)
 

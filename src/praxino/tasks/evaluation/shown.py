@@ -10,9 +10,9 @@ from praxino.data.scan import Entry
 from praxino.data.usable import spread
 from praxino.data.videos import VideoClips
 from praxino.tasks.common import make_resize
+from praxino.tasks.evaluation.report import Clip
+from praxino.tasks.evaluation.score import Curves, Reading, Row, Scores
 from praxino.tasks.ranks import Ranks
-from praxino.tasks.report import Clip
-from praxino.tasks.score import Curves, Reading, Row, Scores
 from praxino.video import to_float, to_uint8
 
 SIDE, LONGEST = 256, 64  # pixels of the longer side and frames, from the first on, of a copy
