@@ -1,11 +1,11 @@
 """The cost of a denoiser's step: parameters, operations, seconds, MFU; Trainer against a raw loop; compiled or not.
 
-    python benchmarks/dit_step.py                              # a CPU: tiny, latents 8x5x8x8 (17 frames, 64 pixels)
+    python benchmarks/dit_step.py                              # a CPU: tiny, latents 8x3x8x8 (9 frames, 64 pixels)
     python benchmarks/dit_step.py --nets dit_b dit_l --latent 16 5 32 32 --batch 16 --compile --precision bf16-mixed
 
 A step is forward, backward, clipping, optimizer and, through the Trainer, average, finite guard and schedule. The
 raw loop has the same network, loss, clipping and optimizer, and nothing else. Medians of `--steps`, the best
-of `--repeats`.
+of `--repeats`. On a CPU the seconds of a conv unit (see vae_cpu.py) stand beside them, to compare machines by.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import lightning.pytorch as pl
 import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader
+from vae_cpu import Unit
 
 from praxino.callbacks.ema import EMA
 from praxino.config import conf_dir, instantiate, register_resolvers
@@ -120,7 +121,10 @@ def measure(args: argparse.Namespace, net: str, compiled: bool) -> dict[str, Any
     """Return the figures of one network."""
     module = build(net, args.latent[0], False)
     flops = 3 * args.batch * module.net.flops((1, *args.latent))
-    rounds = [(through_trainer(args, net, compiled), raw(args, net, compiled)) for _ in range(args.repeats)]
+    unit, units, rounds = Unit(), [], []
+    for _ in range(args.repeats):
+        rounds.append((through_trainer(args, net, compiled), raw(args, net, compiled)))
+        units.append(unit()[1])
     best = {
         name: {key: min(pair[i][key] for pair in rounds) for key in ("wall", "cpu")}
         for i, name in enumerate(("trainer", "raw"))
@@ -132,6 +136,7 @@ def measure(args: argparse.Namespace, net: str, compiled: bool) -> dict[str, Any
         "parameters": sum(p.numel() for p in module.net.parameters()),
         "flops_per_step": flops,
         **best,
+        "conv_unit_cpu": None if torch.cuda.is_available() else min(units),
         "trainer_over_raw": best["trainer"]["wall"] / best["raw"]["wall"],
         "mfu": None if peak is None else flops / best["trainer"]["wall"] / peak,
     }
@@ -140,7 +145,7 @@ def measure(args: argparse.Namespace, net: str, compiled: bool) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=["dit_tiny"])
-    parser.add_argument("--latent", nargs=4, type=int, default=[8, 5, 8, 8], metavar=("C", "T", "H", "W"))
+    parser.add_argument("--latent", nargs=4, type=int, default=[8, 3, 8, 8], metavar=("C", "T", "H", "W"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)

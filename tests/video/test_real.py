@@ -77,11 +77,13 @@ def test_exact_frames(name: str, shared: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_exact_frames_of_every_file(shared: Callable[[str], Path]) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ninth", range(9))
+def test_exact_frames_of_every_file(ninth: int, shared: Callable[[str], Path]) -> None:
     root = shared("data/videos")
-    results = {name: wrong_frames(root / name, clips=12, seed=1) for name in rows(root) if not name.endswith("/")}
-    assert len(results) == 36
+    names = [name for name in rows(root) if not name.endswith("/")]
+    assert len(names) == 36
+    results = {name: wrong_frames(root / name, clips=12, seed=1) for name in names[ninth::9]}
     assert {name: result for name, result in results.items() if result[0]} == {}
 
 
