@@ -26,9 +26,9 @@ from praxino.video import write
 Kind = Literal["reconstruction", "prediction", "samples", "leaderboard"]
 Content = dict[str, Any]
 
-BEST, WORST = 18, 40  # CRF of the players; six more halve a file
-BUDGET = 0.165  # bits a pixel and frame of a clip: ten of three panels, 17 frames and 256 pixels stay under 1 MB
-LEAST = 12_000  # bytes that any clip may have
+BEST, WORST = 18, 46  # CRF of the players; six more halve a file
+BUDGET = 0.165  # bits a pixel and frame of a clip
+LEAST, MOST = 12_000, 70_000  # bytes that any clip may have, and that none may: ten of any length stay under 1 MB
 SMALL = 128  # clips with shorter sides are stored at twice their size, so that 4:2:0 keeps the colour of every pixel
 BLOCK = 16  # panels begin at macroblocks, so that one does not bleed into the next
 # label and unit of the columns that the tasks write; others are shown by their names
@@ -203,7 +203,7 @@ def tile(panels: list[Tensor], scale: int, size: tuple[int, int]) -> Tensor:
 
 def encode(frames: Tensor, fps: float) -> bytes:
     """Return frames `(T, H, W, 3)` as MP4, in the best quality that keeps to the budget."""
-    budget, quality = max(LEAST, BUDGET / 8 * frames[..., 0].numel()), BEST
+    budget, quality = min(MOST, max(LEAST, BUDGET / 8 * frames[..., 0].numel())), BEST
     with TemporaryDirectory() as folder:
         while True:
             data = write(Path(folder) / "clip.mp4", frames, fps, quality=quality).read_bytes()
