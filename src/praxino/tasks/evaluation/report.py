@@ -28,7 +28,7 @@ Content = dict[str, Any]
 
 BEST, WORST = 18, 46  # CRF of the players; six more halve a file
 BUDGET = 0.165  # bits a pixel and frame of a clip
-LEAST, MOST = 12_000, 70_000  # bytes that any clip may have, and that none may: ten of any length stay under 1 MB
+LEAST, MOST = 12_000, 70_000  # bytes a clip may always have, and is not to exceed: ten of any length stay under 1 MB
 SMALL = 128  # clips with shorter sides are stored at twice their size, so that 4:2:0 keeps the colour of every pixel
 BLOCK = 16  # panels begin at macroblocks, so that one does not bleed into the next
 # label and unit of the columns that the tasks write; others are shown by their names
