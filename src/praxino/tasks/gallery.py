@@ -297,7 +297,7 @@ def spread(places: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- GIFs
-def mosaic(rows: Sequence[Sequence[Tensor]], columns: int, side: int = 96, gap: int = 6) -> Tensor:
+def mosaic(rows: Sequence[Sequence[Tensor]], columns: int, side: int = 64, gap: int = 6) -> Tensor:
     """Return clips `(T, H, W, 3)` beside and below each other, rows broken after `columns`, as one video."""
     lines = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
     length = min(len(frames) for line in lines for frames in line)
