@@ -89,7 +89,8 @@ class Guided:
         for cond, cache in zip(self.conditions, self.caches, strict=True):
             assert cache is not None
             cache.keep = True
-            self.predict(cond, cache, start, z, torch.zeros(len(z), device=z.device))
+            known = torch.ones(len(z), z.shape[2], dtype=torch.bool, device=z.device) if self.marks else None
+            self.predict(replace(cond, known=known), cache, start, z, torch.zeros(len(z), device=z.device))
 
     def forget(self, before: int) -> None:
         """Drop the frames below an index."""
