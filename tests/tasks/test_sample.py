@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from praxino.lit.context import Context
 from praxino.models.dit import VideoDiT
 from praxino.tasks.generation import generate
 from praxino.tasks.generation.generate import seed_of
+from praxino.tasks.generation.opening import labels_of
 from praxino.tasks.sample import sample
 
 
@@ -84,6 +86,7 @@ def test_what_is_written(plain: Path, tmp_path: Path) -> None:
         "frames": 7,
         "size": [SIZE, SIZE],
         "label": None,
+        "class": None,
         "seconds": 0,
     }
     assert video.probe(tmp_path / "00000.mp4", index_dir=None).fps == 12
@@ -134,8 +137,17 @@ def test_guidance_leads_away_from_no_label(classes: Path, tmp_path: Path) -> Non
 
 def test_labels_go_round(classes: Path, tmp_path: Path) -> None:
     videos = sampled(classes, tmp_path / "list", n=3, label=[2, 0], batch=2)
-    assert [json.loads(line)["label"] for line in (tmp_path / "list" / "samples.jsonl").open()] == [2, 0, 2]
+    rows = [json.loads(line) for line in (tmp_path / "list" / "samples.jsonl").open()]
+    assert [(row["label"], row["class"]) for row in rows] == [(2, "dog"), (0, "cat"), (2, "dog")]
     assert differ(videos[:1], sampled(classes, tmp_path / "two", n=1, label="dog")) <= 1
+
+
+def test_a_number_that_is_the_name_of_a_class_means_that_class() -> None:
+    net: Any = SimpleNamespace(classes=3)
+    trained: Any = SimpleNamespace(classes=["2", "10", "0"])
+    assert labels_of(net, trained, [10, "0", 2, 1]) == (1, 2, 0, 1)
+    with pytest.raises(ConfigError, match=r"label=7 is no class.*a name: 2, 10, 0"):
+        labels_of(net, trained, 7)
 
 
 def test_draws_from_the_prior_of_a_vae(plain: Path, tmp_path: Path) -> None:

@@ -171,7 +171,10 @@ def encode(
 
 
 def read_labels(labels: str | None, entries: Sequence[Entry]) -> tuple[list[int | None], list[str] | None]:
-    """Return the class number of each video and the names of the classes, sorted; None where there are none."""
+    """Return the class number of each video and the names of the classes; None where there are none.
+
+    Names are sorted, as numbers where all are.
+    """
     if labels is None:
         return [None] * len(entries), None
     if labels == "folders":
@@ -186,6 +189,8 @@ def read_labels(labels: str | None, entries: Sequence[Entry]) -> tuple[list[int 
         where = "no folder below data.root" if labels == "folders" else "no row"
         raise ConfigError(f"labels={labels}: {where} for {len(missing)} of {len(entries)} videos, first {missing[0]!a}")
     classes = sorted({names[entry.path] for entry in entries})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
     return [classes.index(names[entry.path]) for entry in entries], classes
 
 

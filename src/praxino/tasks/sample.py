@@ -93,7 +93,7 @@ def sample(
         ckpt: a run of a denoiser or a checkpoint of it; or whatever `praxino.load` reads: then N(0, 1) goes through the
             latent statistics and the decoder, and conditions, guidance, sampler and rollout have no meaning.
         vae: where the VAE of the denoiser lies now, if the checkpoint does not find it.
-        label: a class by number or name; a list goes round.
+        label: a class by name or number, the name first where the names are numbers; a list goes round.
         text: a file of praxino-embed-text.
         guidance: 1 leaves it out, above 1 stresses the condition, 0 ignores it; guidance_interval and guidance_rescale
             as in `praxino.diffusion.guide`.
@@ -122,14 +122,14 @@ def sample(
             cells = cells_of(model, size, trained[2:])
             length = model.latent_frames(model.fitting_frames(count))
             generator.check(length, note=str(count))
-            labels = generator.labels
+            labels, classes = generator.labels, generator.trained.classes
 
             def draw(seeds: Sequence[int], numbers: list[int]) -> Iterator[Tensor]:
                 return generator.draw(seeds, numbers, length, cells)
         else:
             protocol = of_a_vae(settings)
             model = checkpoint.load(ckpt, weights=weights, device=ranks.device)
-            count, labels = frames or PRIOR_FRAMES, None
+            count, labels, classes = frames or PRIOR_FRAMES, None, None
             cells = cells_of(model, PRIOR_SIZE if size is None else size, ())
             length = model.latent_frames(model.fitting_frames(count))
             log.warning(
@@ -155,7 +155,7 @@ def sample(
                     pieces = keep(draw(seeds, numbers), files) if save_latents else draw(seeds, numbers)
                     write_videos(decode(model, pieces, length, batch), files, count, fps, lossless, quality)
                     seconds = round((time.perf_counter() - begun) / len(numbers), 3)
-                    rows += [describe(k, paths[k], seed, count, pixels, labels, seconds) for k in numbers]
+                    rows += [describe(k, paths[k], seed, count, pixels, labels, classes, seconds) for k in numbers]
                     done(len(numbers) * ranks.world)
             return rows
 
@@ -198,12 +198,14 @@ def describe(
     frames: int,
     size: list[int],
     labels: tuple[int, ...] | None,
+    classes: list[str] | None,
     seconds: float,
 ) -> dict[str, Any]:
     """Return the row of a sample."""
     label = None if labels is None else labels[number % len(labels)]
+    name = None if label is None or classes is None else classes[label]
     row = {"file": path.name, "number": number, "seed": seed, "frames": frames, "size": size}
-    return row | {"label": label, "seconds": seconds}
+    return row | {"label": label, "class": name, "seconds": seconds}
 
 
 def of_a_vae(settings: Settings) -> dict[str, Any]:

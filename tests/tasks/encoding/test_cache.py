@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from praxino.data.latents import LatentReader, Manifest, read_manifest, verify
 from praxino.data.synthetic import draw
 from praxino.errors import BusyError, ConfigError, DataError
 from praxino.models.wfvae import WFVAE
-from praxino.tasks.encode import encode
+from praxino.tasks.encode import encode, read_labels
 from praxino.tasks.encoding.cache import Workplace
 from praxino.tasks.encoding.parts import BYTES, cut
 from praxino.tasks.encoding.store import fingerprint
@@ -241,6 +242,15 @@ def test_labels(vae: Path, videos: Path, tmp_path: Path) -> None:
     for wrong in (table, tmp_path / "none.csv"):
         with pytest.raises(ConfigError, match=r"no CSV file with the columns path and label|no row for"):
             encoded(vae, videos, tmp_path / "wrong", labels=str(wrong))
+
+
+def test_classes_that_are_numbers_are_in_their_order() -> None:
+    def classes(*names: str) -> tuple[list[int | None], list[str] | None]:
+        entries: Any = [SimpleNamespace(path=f"{name}/x.mp4") for name in names]
+        return read_labels("folders", entries)
+
+    assert classes("10", "2", "0") == ([2, 1, 0], ["0", "2", "10"])
+    assert classes("10", "2", "a")[1] == ["10", "2", "a"]
 
 
 def test_a_video_that_breaks_off_leaves_no_latents(vae: Path, videos: Path, tmp_path: Path) -> None:

@@ -106,15 +106,15 @@ def overlap_of(trained: Trained, vae: VideoVAE, window: int, overlap: int | None
 
 
 def labels_of(net: Denoiser, trained: Trained, label: int | str | Sequence[int | str] | None) -> tuple[int, ...] | None:
-    """Return classes by number or by name, as numbers."""
+    """Return classes by name, or by number where no name reads so, as numbers."""
     if label is None:
         return None
     if net.classes is None:
         raise ConfigError(f"label={label}: the model takes no label: leave it out")
     names, found = trained.classes or [], []
     for item in [label] if isinstance(label, int | str) else label:
-        if isinstance(item, str) and item in names:
-            item = names.index(item)
+        if str(item) in names:
+            item = names.index(str(item))
         if not isinstance(item, int) or not 0 <= item < net.classes:
             known = f" or a name: {', '.join(names[:20])}" if names else ""
             raise ConfigError(f"label={item} is no class of the model: use 0 to {net.classes - 1}{known}")
