@@ -181,7 +181,7 @@ def read_labels(labels: str | None, entries: Sequence[Entry]) -> tuple[list[int 
         names = {entry.path: Path(entry.path).parts[0] for entry in entries if len(Path(entry.path).parts) > 1}
     else:
         try:
-            with Path(labels).expanduser().open(newline="", encoding="utf-8") as file:
+            with Path(labels).expanduser().open(newline="", encoding="utf-8-sig") as file:
                 names = {row["path"]: row["label"] for row in csv.DictReader(file)}
         except (OSError, KeyError, UnicodeDecodeError) as error:
             raise ConfigError(f"labels={labels}: no CSV file with the columns path and label ({error})") from error

@@ -253,6 +253,12 @@ def test_classes_that_are_numbers_are_in_their_order() -> None:
     assert classes("10", "2", "a")[1] == ["10", "2", "a"]
 
 
+def test_a_table_of_classes_may_come_from_excel(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,label\nx.mp4,cat\n", encoding="utf-8-sig")
+    entries: Any = [SimpleNamespace(path="x.mp4")]
+    assert read_labels(str(tmp_path / "labels.csv"), entries) == ([0], ["cat"])
+
+
 def test_a_video_that_breaks_off_leaves_no_latents(vae: Path, videos: Path, tmp_path: Path) -> None:
     """Its first pieces are in the shard already when it fails."""
     healthy = video.Video.chunks
