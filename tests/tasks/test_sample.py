@@ -261,6 +261,15 @@ def test_guidance_away_from_what_was_never_learned_is_said(
     assert "label always there" in caplog.text
 
 
+@pytest.mark.parametrize("drop", [None, {"label": 0.0}])
+def test_a_condition_that_was_never_left_out_must_be_given(tmp_path: Path, drop: dict[str, float] | None) -> None:
+    run = make_run(tmp_path / "run", {"classes": 3, "text_width": 8}, drop={"text": 0.1, **(drop or {})})
+    with pytest.raises(ConfigError, match=r"never without label in training \(model.drop.label=0\): give label="):
+        sampled(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    sampled(run, tmp_path / "out", n=1, label="cow")
+
+
 def test_a_model_that_always_had_given_frames_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(tmp_path / "run", drop=None, context=Context(1.0, [1]))
     sampled(run, tmp_path / "out", n=1)

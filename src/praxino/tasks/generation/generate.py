@@ -93,8 +93,19 @@ class Generator:
             raise ConfigError("rollout=cached keeps finished frames clean: use context_noise=0")
         if not given and self.trained.conditioning["context"]["probability"] == 1:
             log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
+        self.check_conditions()
         if self.guidance.scale != 1:
             self.check_guidance(given)
+
+    def check_conditions(self) -> None:
+        """Raise ConfigError for a condition that is left out here and never was in training."""
+        drop = self.trained.conditioning["drop"]
+        if missing := sorted(kind for kind in self.net.kinds - self.conditions if not drop.get(kind)):
+            never = " and ".join(f"model.drop.{kind}=0" for kind in missing)
+            raise ConfigError(
+                f"the model was never without {' and '.join(missing)} in training ({never}): "
+                f"give {' and '.join(f'{kind}=...' for kind in missing)}"
+            )
 
     def check_guidance(self, given: int) -> None:
         """Raise ConfigError where there is nothing for guidance to stress; warn of what was never left out."""
