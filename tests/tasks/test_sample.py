@@ -1,5 +1,6 @@
 """Samples: functions of seed and number alone, conditioned, of any length, and draws from a VAE's prior."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ from praxino.lit.context import Context
 from praxino.models.dit import VideoDiT
 from praxino.tasks.generation import generate
 from praxino.tasks.generation.generate import seed_of
-from praxino.tasks.generation.opening import labels_of
+from praxino.tasks.generation.opening import Settings, labels_of, open_generator
 from praxino.tasks.sample import sample
 
 
@@ -288,6 +289,29 @@ def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:
         sampled(plain, tmp_path, rollout="sliding", overlap=12)
     with pytest.raises(ConfigError, match=r"size=20 .*multiples of 8"):
         sampled(plain, tmp_path, size=20)
+
+
+def test_a_cache_of_tokens_of_several_frames(tmp_path: Path) -> None:
+    """Latents of 3 frames in training, tokens of 2: refused before anything is drawn, with what fits."""
+    run = make_run(tmp_path / "run", {"attention": "causal", "patch": (2, 1, 1)}, drop=None)
+    for settings, match in (
+        ({"frames": 33, "overlap": 8}, r"window less overlap is 1: use overlap=4$"),
+        ({"frames": 33, "overlap": 4}, r"whole tokens of 2 latent frames, not 9: use frames=29 or 37$"),
+        ({"frames": 33, "overlap": 4, "window": 5}, r"window less overlap is 1: use a larger window$"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            sampled(run, tmp_path / "out", rollout="cached", **settings)
+    assert not (tmp_path / "out").exists()
+    (video_,) = sampled(run, tmp_path / "out", n=1, rollout="cached", frames=29, overlap=4)
+    assert len(video_) == 29
+    settings = {"ckpt": str(run), "rollout": "cached", "overlap": 4}
+    defaults = {name: known.default for name, known in inspect.signature(sample).parameters.items()}
+    generator = open_generator(Settings.among({**defaults, **settings}), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"not 3: use context=5 or 13$"):
+        generator.check(6, given=3)
+    with pytest.raises(ConfigError, match=r"not 1: use frames=13$"):
+        generator.check(3, given=2)
+    generator.check(6, given=2)
 
 
 def test_the_vae_moves_with_its_run_or_is_named(plain: Path, tmp_path: Path) -> None:

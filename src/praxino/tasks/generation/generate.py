@@ -87,15 +87,30 @@ class Generator:
             )
         if self.rollout == "pyramid" and not self.trained.per_frame:
             raise ConfigError("rollout=pyramid needs a model with a noise level per frame (model.loss.per_frame=true)")
-        if self.rollout == "cached" and not self.net.causal:
-            raise ConfigError("rollout=cached needs a causal model (model.net.attention=causal)")
-        if self.rollout == "cached" and self.solver.context_noise:
-            raise ConfigError("rollout=cached keeps finished frames clean: use context_noise=0")
+        if self.rollout == "cached":
+            self.check_cache(length, given)
         if not given and self.trained.conditioning["context"]["probability"] == 1:
             log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
         self.check_conditions()
         if self.guidance.scale != 1:
             self.check_guidance(given)
+
+    def check_cache(self, length: int, given: int) -> None:
+        """Raise ConfigError unless a cache can hold what is given and made, whole tokens at a time."""
+        if not self.net.causal:
+            raise ConfigError("rollout=cached needs a causal model (model.net.attention=causal)")
+        if self.solver.context_noise:
+            raise ConfigError("rollout=cached keeps finished frames clean: use context_noise=0")
+        step, stride, block = self.net.new_cache().step, self.vae.stride[0], self.window - self.overlap
+        tokens = f"rollout=cached holds whole tokens of {step} latent frames"
+        if block % step:
+            fits = [str(stride * k) for k in range(1, self.window) if (self.window - k) % step == 0]
+            remedy = f"use overlap={' or '.join(fits)}" if fits else "use a larger window"
+            raise ConfigError(f"{tokens}, and window less overlap is {block}: {remedy}")
+        for name, before, count in (("context", 0, given), ("frames", given, length - given)):
+            if surplus := count % step:
+                fits = [str(frames_of(self.vae, before + k)) for k in (count - surplus, count - surplus + step) if k]
+                raise ConfigError(f"{tokens}, not {count}: use {name}={' or '.join(fits)}")
 
     def check_conditions(self) -> None:
         """Raise ConfigError for a condition that is left out here and never was in training."""
