@@ -277,6 +277,25 @@ def test_a_model_that_always_had_given_frames_says_so(tmp_path: Path, caplog: py
     assert "always had given frames" in caplog.text
 
 
+def test_a_window_beyond_the_training_is_refused(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^window=13: the model was trained on 9 at once: use no more$"):
+        sampled(plain, tmp_path / "out", frames=33, rollout="sliding", window=13)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_frames_unlike_those_of_the_training_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", drop=None, context=Context(0.5, [2], noise=0.1))
+    settings: dict[str, Any] = {"n": 1, "steps": 1, "frames": 13, "rollout": "sliding"}
+    sampled(run, tmp_path / "a", context_noise=0.1, **settings)
+    sampled(run, tmp_path / "b", **{**settings, "frames": 9, "overlap": 4, "context_noise": 0.5})  # one window
+    assert "was trained with" not in caplog.text
+    sampled(run, tmp_path / "c", overlap=4, context_noise=0.5, **settings)
+    assert "overlap=4: 1 latent frames, the model was trained with 2" in caplog.text
+    assert "context_noise=0.5: the model was trained with 0.1 at most" in caplog.text
+
+
 def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:
     for rollout, match in {"pyramid": "noise level per frame", "cached": "needs a causal model"}.items():
         with pytest.raises(ConfigError, match=match):

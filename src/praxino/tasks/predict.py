@@ -128,7 +128,10 @@ def predict(
         given = latents_of(generator.vae, context, "context")
         length = generator.vae.latent_frames(generator.vae.fitting_frames(frames))
         generator.check(length, given, note=str(frames))
-        check_context(generator, given)
+        if not generator.continues:
+            raise ConfigError(
+                "the model was trained without given frames (model.context.probability=0): it cannot continue"
+            )
         resize = resize_of(generator, size)
         ranks.on_first(lambda: make_directory(target))
         root, sources, rejected = ranks.on_first(lambda: find_sources(root, images, cache_dir, limit))
@@ -175,18 +178,6 @@ def predict(
             return result
 
         return ranks.on_first(finish)
-
-
-def check_context(generator: Generator, given: int) -> None:
-    """Raise ConfigError for a model that was never given frames; warn where it was given others."""
-    context = generator.trained.conditioning["context"]
-    if not generator.continues:
-        raise ConfigError(
-            "the model was trained without given frames (model.context.probability=0): it cannot continue"
-        )
-    if context["probability"] and given not in context["frames"]:
-        trained = ", ".join(map(str, context["frames"]))
-        log.warning("%d latent frames are given, the model was trained with %s", given, trained)
 
 
 def resize_of(generator: Generator, size: Size | Literal["source"]) -> Resize | None:

@@ -75,6 +75,10 @@ class Generator:
                 raise ConfigError(
                     f"frames={note or frames_of(self.vae, length)}: the model was trained on {trained} at once{more}"
                 )
+        elif self.window > self.trained.shape[1]:
+            raise ConfigError(
+                f"window={frames_of(self.vae, self.window)}: the model was trained on {trained} at once: use no more"
+            )
         elif not self.continues and length > self.window:
             raise ConfigError(
                 f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
@@ -89,8 +93,7 @@ class Generator:
             raise ConfigError("rollout=pyramid needs a model with a noise level per frame (model.loss.per_frame=true)")
         if self.rollout == "cached":
             self.check_cache(length, given)
-        if not given and self.trained.conditioning["context"]["probability"] == 1:
-            log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
+        self.check_context(length, given)
         self.check_conditions()
         if self.guidance.scale != 1:
             self.check_guidance(given)
@@ -111,6 +114,23 @@ class Generator:
             if surplus := count % step:
                 fits = [str(frames_of(self.vae, before + k)) for k in (count - surplus, count - surplus + step) if k]
                 raise ConfigError(f"{tokens}, not {count}: use {name}={' or '.join(fits)}")
+
+    def check_context(self, length: int, given: int) -> None:
+        """Warn of given and finished frames unlike those of the training."""
+        context, rolls = self.trained.conditioning["context"], self.rollout != "full" and length > self.window
+        if not context["probability"]:
+            return  # any frame may be given: each has a noise level of its own
+        if not given and context["probability"] == 1:
+            log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
+        counts = ", ".join(map(str, context["frames"]))
+        if given and given not in context["frames"]:
+            log.warning("%d latent frames are given, the model was trained with %s", given, counts)
+        if rolls and self.overlap not in context["frames"]:
+            frames = self.overlap * self.vae.stride[0]
+            log.warning("overlap=%d: %d latent frames, the model was trained with %s", frames, self.overlap, counts)
+        if (given or rolls) and self.solver.context_noise > context["noise"]:
+            noise = self.solver.context_noise
+            log.warning("context_noise=%g: the model was trained with %g at most", noise, context["noise"])
 
     def check_conditions(self) -> None:
         """Raise ConfigError for a condition that is left out here and never was in training."""
