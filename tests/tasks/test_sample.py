@@ -88,6 +88,7 @@ def test_what_is_written(plain: Path, tmp_path: Path) -> None:
         "size": [SIZE, SIZE],
         "label": None,
         "class": None,
+        "files": ["00001.mp4", "latents/00001.safetensors"],
         "seconds": 0,
     }
     assert video.probe(tmp_path / "00000.mp4", index_dir=None).fps == 12

@@ -77,13 +77,6 @@ def check_outside(out: str | Path, inputs: Mapping[str, str | Path | None]) -> N
             raise ConfigError(f"out={out} lies inside {key}={path}: choose a folder outside of it")
 
 
-def refuse_foreign(target: Path, record: str, paths: Iterable[Path]) -> None:
-    """Raise ConfigError for files that would be overwritten, unless by the task that left `record` beside them."""
-    foreign = None if (target / record).exists() else next((path for path in paths if path.exists()), None)
-    if foreign is not None:
-        raise ConfigError(f"{str(foreign)!a} exists and is not of an earlier run: choose another out")
-
-
 def check_written(quality: int, fps: float | None = None) -> None:
     """Raise ConfigError for a quality or a frame rate at which no video can be written."""
     if not 0 <= quality <= 51:

@@ -28,7 +28,6 @@ from praxino.tasks.common import (
     make_resize,
     pass_over,
     precision_context,
-    refuse_foreign,
     versions,
     without_nan,
     write_atomic,
@@ -37,6 +36,7 @@ from praxino.tasks.common import (
 from praxino.tasks.generation.generate import Generator, Rollout, decode, latents_of, seed_of
 from praxino.tasks.generation.horizon import PROTOCOL, SCORES, judge, report, score, summary
 from praxino.tasks.generation.opening import Settings, open_generator
+from praxino.tasks.outputs import begin
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
@@ -44,6 +44,7 @@ from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 log = logging.getLogger(__name__)
 
 GAIN = 4.0  # of the error in side_by_side
+RECORD, BESIDE = "predictions.jsonl", ("rejected.jsonl", "metrics.json", "horizon.csv")
 Row = dict[str, Any]
 
 
@@ -93,7 +94,8 @@ def predict(
     """Continue videos; write them, a row for each, and how good predictions are at each distance.
 
     What is predicted of a video depends on `seed` and its path under `input`, not on the others, `samples`, the batch
-    or the number of processes.
+    or the number of processes. What an earlier run wrote to the same `out` is removed; until all is written,
+    predictions.jsonl says `unfinished`.
 
     Args:
         ckpt: a run of a denoiser or a checkpoint of it.
@@ -137,9 +139,8 @@ def predict(
         root, sources, rejected = ranks.on_first(lambda: find_sources(root, images, cache_dir, limit))
         kinds = ["context", "prediction", "full", *(["truth", "mean", "side_by_side"] if compare else [])]
         names = output_names(sources)
-        ranks.on_first(
-            lambda: refuse_foreign(target, "predictions.jsonl", [target / k / n for k in kinds for n in names])
-        )
+        planned = [f"{kind}/{name}" for name in names for kind in kinds]
+        ranks.on_first(lambda: begin(target, RECORD, planned, BESIDE, ckpt=ckpt, seed=seed))
         drawn = samples if compare else 1
         plan = Plan(generator, context, frames, length, start, stride, resize, drawn, compare, seed, fps)
 
@@ -149,10 +150,12 @@ def predict(
                 for source, name in list(zip(sources, names, strict=True))[ranks.rank :: ranks.world]:
                     writers = {kind: (target / kind / name, codec_of(kind, lossless), quality) for kind in kinds}
                     try:
-                        rows.append({"path": source, "output": name, **plan.predict(root, source, writers)})
+                        row = plan.predict(root, source, writers)
                     except (DecodeFailure, NonFiniteError) as error:
                         failed.append(pass_over(source, error))
                     else:
+                        files = [f"{kind}/{name}" for kind in kinds if (target / kind / name).exists()]
+                        rows.append({"path": source, "output": name, "files": files, **row})
                         log.info("%s", summary(rows[-1]))
             return rows, failed
 
@@ -166,7 +169,6 @@ def predict(
         def finish() -> dict[str, Any]:
             write_jsonl(target / "rejected.jsonl", rejected)
             curves = [row.pop("curves") for row in rows]
-            write_jsonl(target / "predictions.jsonl", rows)
             if not rows:
                 raise DataError(f"none of {len(sources)} videos under {input} could be continued: see {target}")
             counts = {"n": sum(curve is not None for curve in curves), "videos": len(rows), "rejected": len(rejected)}
@@ -175,6 +177,7 @@ def predict(
             result |= {"protocol": protocol, "versions": versions()}
             write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
             report(result, target, compare)
+            write_jsonl(target / RECORD, rows)
             return result
 
         return ranks.on_first(finish)

@@ -33,7 +33,6 @@ from praxino.tasks.common import (
     pass_over,
     pick_device,
     precision_context,
-    refuse_foreign,
     show,
     show_table,
     stem,
@@ -182,7 +181,9 @@ def check_outputs(target: Path, outputs: list[dict[str, Path]]) -> None:
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise ConfigError(f"{str(twice[0])!a} would be written for two videos: rename a folder origin or side_by_side")
-    refuse_foreign(target, "reconstructions.jsonl", paths)
+    foreign = None if (target / "reconstructions.jsonl").exists() else next((p for p in paths if p.exists()), None)
+    if foreign is not None:
+        raise ConfigError(f"{str(foreign)!a} exists and is not of an earlier run: choose another out")
 
 
 class Clip:

@@ -30,13 +30,13 @@ from praxino.tasks.common import (
     make_directory,
     precision_context,
     progress,
-    refuse_foreign,
     versions,
     write_atomic,
     write_jsonl,
 )
 from praxino.tasks.generation.generate import Rollout, decode, frames_of, seed_of
 from praxino.tasks.generation.opening import Settings, is_denoiser, open_generator
+from praxino.tasks.outputs import begin
 from praxino.tasks.ranks import launch
 from praxino.video import Video, Writer, to_uint8
 
@@ -46,6 +46,7 @@ PRIOR_FRAMES, PRIOR_SIZE = 17, 64  # of draws from a VAE, which does not say wha
 OF_A_VAE = ("ckpt", "weights", "batch")  # the settings that draws from a VAE know
 PIECE = 4  # latents of the prior at a time
 SHOWN = 32  # videos on the sheet
+RECORD, BESIDE = "samples.jsonl", ("protocol.json", "sheet.png")
 Draw = Callable[[Sequence[int], list[int]], Iterator[Tensor]]
 
 
@@ -87,7 +88,8 @@ def sample(
 ) -> dict[str, Any]:
     """Draw videos and write them to `out/00000.mp4`, ..., with samples.jsonl and a sheet of a few frames of each.
 
-    Sample k depends on `seed` and k, not on `n`, the batch or the number of processes.
+    Sample k depends on `seed` and k, not on `n`, the batch or the number of processes. What an earlier run wrote to the
+    same `out` is removed; until the samples are complete, samples.jsonl says `unfinished`.
 
     Args:
         ckpt: a run of a denoiser or a checkpoint of it; or whatever `praxino.load` reads: then N(0, 1) goes through the
@@ -142,7 +144,8 @@ def sample(
         model.denormalize(torch.zeros(1, model.latent_channels, 1, 1, 1))  # says now that statistics are missing
         target = ranks.on_first(lambda: make_directory(out))
         paths = [target / f"{number:05d}.mp4" for number in range(n)]
-        ranks.on_first(lambda: refuse_foreign(target, "samples.jsonl", paths))
+        planned = [name for path in paths for name in files_of(path, save_latents)]
+        ranks.on_first(lambda: begin(target, RECORD, planned, BESIDE, ckpt=ckpt, seed=seed))
         batches = [list(range(k, min(k + batch, n))) for k in range(0, n, batch)]
         pixels = [cells[0] * model.stride[1], cells[1] * model.stride[2]]
 
@@ -155,7 +158,9 @@ def sample(
                     pieces = keep(draw(seeds, numbers), files) if save_latents else draw(seeds, numbers)
                     write_videos(decode(model, pieces, length, batch), files, count, fps, lossless, quality)
                     seconds = round((time.perf_counter() - begun) / len(numbers), 3)
-                    rows += [describe(k, paths[k], seed, count, pixels, labels, classes, seconds) for k in numbers]
+                    for k in numbers:
+                        row = describe(k, paths[k], seed, count, pixels, labels, classes, seconds)
+                        rows.append(row | {"files": files_of(paths[k], save_latents)})
                     done(len(numbers) * ranks.world)
             return rows
 
@@ -163,9 +168,9 @@ def sample(
         protocol |= {"seed": seed, "precision": precision, "versions": versions()}
 
         def finish() -> dict[str, Any]:
-            write_jsonl(target / "samples.jsonl", rows)
             write_atomic(target / "protocol.json", json.dumps(protocol, indent=2) + "\n")
             write_png(target / "sheet.png", contact_sheet([thumbnails(path) for path in paths[:SHOWN]]))
+            write_jsonl(target / RECORD, rows)
             log.info("%d samples of %d frames in %s", n, count, target)
             seconds = round(time.perf_counter() - started, 3)
             return {"samples": n, "frames": count, "size": pixels, "seconds": seconds, "out": str(target)}
@@ -189,6 +194,11 @@ def shape_of(
         model = checkpoint.load(ckpt, weights=weights)
         count, cells = frames or PRIOR_FRAMES, cells_of(model, PRIOR_SIZE if size is None else size, ())
     return count, [cells[0] * model.stride[1], cells[1] * model.stride[2]]
+
+
+def files_of(path: Path, latents: bool) -> list[str]:
+    """Return the files of a sample, relative to the folder of its video."""
+    return [path.name, *([f"latents/{path.stem}.safetensors"] if latents else [])]
 
 
 def describe(

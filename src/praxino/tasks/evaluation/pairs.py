@@ -15,6 +15,7 @@ from praxino.data.scan import Entry
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
 from praxino.tasks.common import stem, write_jsonl
+from praxino.tasks.outputs import check_finished
 from praxino.video import VideoInfo, probe
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def read_tree(path: str, cache_dir: str | None) -> Tree:
         return Tree(root, {root.name: probe(root)}, {root.name: str(root.stat().st_mtime_ns)}, {})
     if not root.is_dir():
         raise ConfigError(f"{path} does not exist")
+    check_finished(root)
     usable = find_usable(root, ClipSampler(1), aliases=True, cache_dir=cache_dir)
     entries: list[Entry] = usable.entries
     broken = {rejection.path: f"{rejection.reason}: {rejection.detail}" for rejection in usable.rejected}

@@ -21,6 +21,7 @@ from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import make_resize, without_nan
 from praxino.tasks.evaluation.pairs import Pair, read_outputs
+from praxino.tasks.outputs import check_finished
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
 from praxino.video import DecodeFailure, Video, to_float
@@ -191,6 +192,7 @@ class Reading:
 
     def find(self, root: str | Path) -> Usable:
         """Find the videos of a tree that are read; of what `sample` wrote, only what its last run did."""
+        check_finished(root)
         usable = find_usable(root, self.clips, aliases=True, cache_dir=self.cache_dir)
         rows = Path(root).expanduser() / "samples.jsonl"
         if rows.is_file():
