@@ -70,6 +70,23 @@ def test_the_interval_holds_for_every_frame():
     assert torch.equal(out[:, :, 1], guide(conditional, without, 2.0)(z, t)[:, :, 1])
 
 
+@pytest.mark.parametrize("level", [0.0, 0.1])
+def test_given_frames_do_not_call_for_guidance(level):
+    """At time 0, or at the noise in which they are shown, they lie within an interval that begins at 0."""
+    path = PATHS["flow"]
+    conditional, without = Counted(gaussian(path, "flow", 1.0, 0.5)), Counted(gaussian(path, "flow", 0.0, 0.5))
+    z, known = torch.randn(1, 2, 3, 1, 1), torch.tensor([[True, False, False]])
+    guided = guide(conditional, without, 2.0, interval=(0.0, 0.5), known=known)
+    early, late = torch.tensor([[level, 0.9, 0.9]]), torch.tensor([[level, 0.4, 0.4]])
+    assert torch.equal(guided(z, early), conditional.function(z, early))
+    assert (conditional.calls, without.calls) == (1, 0)
+    out = guided(z, late)
+    assert (conditional.calls, without.calls) == (2, 1)
+    assert torch.equal(out[:, :, 0], conditional.function(z, late)[:, :, 0])
+    always = guide(conditional.function, without.function, 2.0)(z, late)
+    assert torch.equal(out[:, :, 1:], always[:, :, 1:])
+
+
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
 def test_rescaling_restores_the_spread_of_every_clip(part):
     with_, without = torch.randn(2, 3, 2, 4, 2, 2).unbind(0)

@@ -22,6 +22,7 @@ def guide(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
+    known: Tensor | None = None,
 ) -> Denoise:
     """Return a denoiser that goes `scale` times the way from the unconditional to the conditional prediction.
 
@@ -31,6 +32,7 @@ def guide(
         scale: above 1 stresses the condition.
         interval: the times at which guidance acts, ends included (Kynkaanniemi et al. 2024); of every frame its own.
         rescale: part of the way to the spread of the conditional prediction, on frames with noise (Lin et al. 2023).
+        known: `(B, T)`, true at given frames, on which guidance does not act; times are then of every frame.
 
     Raises:
         ValueError: no such interval, or `rescale` outside [0, 1].
@@ -46,6 +48,8 @@ def guide(
     def guided(z: Tensor, t: Tensor) -> Tensor:
         prediction = conditional(z, t)
         acts = (low <= t) & (t <= high)
+        if known is not None:
+            acts = acts & ~known
         if not bool(acts.any()):
             return prediction
         without = unconditional(z, t)

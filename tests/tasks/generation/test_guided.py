@@ -45,3 +45,15 @@ def test_a_cache_shows_finished_frames_as_windows_do(scale: float, marks: bool, 
     cache = joined(rollout.cached(model(True), NOISE, solver, 6, block=2, given=given, window=6))
     torch.testing.assert_close(cache, windows, atol=1e-5, rtol=1e-5)
     assert windows.std() > 0.1
+
+
+@pytest.mark.parametrize("away", ["label", "known"])
+def test_guidance_costs_nothing_outside_its_interval_beside_given_frames(
+    away: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, solver, calls = make_net(), Solver(PATH, "flow", "euler", 4), []
+    monkeypatch.setattr(net, "forward", lambda z, *_: calls.append(z) or torch.zeros_like(z))
+    guidance, cond = Guidance(3.0, (0.0, 0.6)), Condition(label=torch.tensor([0, 2]))
+    model = Guided(net, cond, guidance, frozenset({away}), PATH, NOISE)
+    list(rollout.full(model, NOISE, solver, 4, torch.randn(2, 4, 2, 2, 2)))
+    assert len(calls) == 4 + 2  # guided at the times 0.5 and 0.25, not at 1 and 0.75

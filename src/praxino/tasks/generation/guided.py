@@ -66,7 +66,8 @@ class Guided:
         if self.guidance.scale == 1 or ("known" in self.away and known is None):
             return predictions[0]
         without = self.blind(known, start) if "known" in self.away and known is not None else predictions[1]
-        return guide(predictions[0], without, self.guidance.scale, self.guidance.interval, self.guidance.rescale)
+        scale, interval, rescale = self.guidance.scale, self.guidance.interval, self.guidance.rescale
+        return guide(predictions[0], without, scale, interval, rescale, known)
 
     def predict(self, cond: Condition, cache: Cache | None, start: int, z: Tensor, t: Tensor) -> Tensor:
         """Call the network; only frames in a cache give positions in time a meaning."""
