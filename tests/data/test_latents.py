@@ -209,6 +209,22 @@ def test_validation_is_the_same_every_time_and_split_by_path(cache: Path) -> Non
     assert len(data_of(cache, val_fraction=0.5, val_limit=2).find()[1].entries) == 2
 
 
+def test_validation_takes_means_on_any_number_of_ranks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips that fill up a rank's last batch are those that stand in for: same index, same latents."""
+    data = data_of(cache, val_fraction=0.0, val_root=str(cache), val_limit=5, val_batch=1, frames=None)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for rank in range(2):
+        monkeypatch.setattr(data, "_rank_and_world", lambda rank=rank: (rank, 2))
+        for batch in data.val_dataloader():
+            seen.setdefault(int(batch["index"]), []).append(batch["latent"][0])
+            mean = moments(int(batch["path"][0][2:4]))[:, :2].transpose(0, 1).float()
+            expected = (mean - torch.tensor(MEAN).view(2, 1, 1, 1)) / torch.tensor(STD).view(2, 1, 1, 1)
+            torch.testing.assert_close(batch["latent"][0], expected)
+    assert sorted(seen) == list(range(5))
+    assert sum(map(len, seen.values())) == 6
+    assert all(torch.equal(clip, clips[0]) for clips in seen.values() for clip in clips)
+
+
 def test_another_cache_to_validate_on_is_of_the_same_vae(cache: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "val")
     train, val = data_of(cache, val_root=str(other)).find()

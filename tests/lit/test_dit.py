@@ -1,6 +1,7 @@
 """The training of a denoiser: what is learned, what is given, what validation says."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 
@@ -120,6 +121,30 @@ def test_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
     best = min(scores, key=lambda step: scores[step])
     assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == best
     assert keeper.best == scores[best]
+
+
+def test_what_training_ends_with_may_be_the_best(tmp_path):
+    """It is validated after the last step; and a run that goes on from there knows of it."""
+    keeper = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss")
+    module = make_dit()
+    trainer = train(tmp_path, 4, module, LatentBatches(), callbacks=(keeper,), **VALIDATE)
+    assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == 3
+    trainer.validate(module, datamodule=LatentBatches(), verbose=False)
+    scores = {row["step"]: row["val/loss"] for row in rows(tmp_path) if "val/loss" in row}
+    assert scores[4] < scores[3]
+    assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == 4
+    assert json.loads((tmp_path / "kept" / "best.json").read_text()) == {"step": 4, "val/loss": scores[4]}
+    again = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss", mode="min")
+    again.load_state_dict({"best": scores[3]})
+    assert again._known(4) == scores[4]
+    assert again._known(3) == scores[3]  # begun anew before it
+
+
+def test_a_best_between_the_batches_of_a_step_is_told_of(tmp_path, caplog):
+    keeper = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss")
+    train(tmp_path, 3, make_dit(accumulate=2), LatentBatches(), callbacks=(keeper,), **VALIDATE)
+    assert "make trainer.val_check_interval a multiple of model.accumulate" in caplog.text
+    assert json.loads((tmp_path / "kept" / "best.json").read_text())["step"] == 3
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from praxino.errors import CheckpointError, ConfigError
+from praxino.lit.optim import warmup_cosine
 from praxino.losses.vae import VAELoss
 from praxino.models.causalvae import CausalVAE
 from training import Data, load, make_adversary, make_module, make_net, rows, train
@@ -180,6 +181,29 @@ def test_state_of_another_optimizer_is_refused(tmp_path, other):
     path = tmp_path / "checkpoints" / "step-00000001.ckpt"
     with pytest.raises(CheckpointError, match="of another optimizer"):
         train(tmp_path, steps=2, module=make_module(adversary=make_adversary(), **other), resume=path)
+
+
+@pytest.mark.parametrize("scheduler", [None, partial(warmup_cosine, total=10)])
+def test_options_of_an_optimizer_may_change_on_resume(tmp_path, caplog, scheduler):
+    """The rate is the new one, at the same place of its schedule; nothing else is another run's."""
+
+    def module(lr, **options):
+        return make_module(optimizer=partial(torch.optim.AdamW, lr=lr, **options), scheduler=scheduler)
+
+    caplog.set_level("INFO", logger="praxino")
+    train(tmp_path / "whole", steps=4, module=module(1e-3))
+    whole = [row["train/lr"] for row in rows(tmp_path / "whole")]
+    train(tmp_path, steps=2, module=module(1e-3))
+    path = tmp_path / "checkpoints" / "step-00000002.ckpt"
+    for again in (whole, [lr / 10 for lr in whole]):
+        other = module(1e-3 * again[0] / whole[0], weight_decay=0.2 if again is not whole else 0.01)
+        train(tmp_path, steps=4, module=other, resume=path)
+        assert [row["train/lr"] for row in rows(tmp_path)][2:] == pytest.approx(again[2:], rel=1e-12)
+        group = load(tmp_path / "checkpoints" / "step-00000004.ckpt")["optimizer_states"][0]["param_groups"][0]
+        assert group["weight_decay"] == (0.01 if again is whole else 0.2)
+        changes = [r.getMessage() for r in caplog.records if "resumed with another" in r.getMessage()]
+        assert len(changes) == (0 if again is whole else 2)
+    assert changes[0] == "resumed with another model.optimizer: lr 0.001, now 0.0001"
 
 
 @pytest.mark.parametrize("adversary", [False, True])

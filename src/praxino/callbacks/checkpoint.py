@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO
+from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, copy
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.lit.optim import local
 
@@ -85,6 +85,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._saved, self._time = pl_module.step, time.monotonic()
         if trainer.is_global_zero:
             self._supersede(pl_module.step)
+        if self.monitor is not None:
+            self.best = trainer.strategy.broadcast(self._known(pl_module.step))
         # Lightning ends the epoch of a checkpoint taken at its last batch, but forgets to count the next one as begun:
         # a second resume would take another epoch.
         epochs: Any = trainer.fit_loop.epoch_progress
@@ -108,8 +110,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save `best.ckpt` where the metric is better than ever, of a training that runs."""
-        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        """Keep `best.ckpt` where the metric is better than ever, of a training that runs or has just ended."""
+        fitting = trainer.state.fn == "fit"
+        if self.monitor is None or trainer.sanity_checking or not (fitting or self._saved == pl_module.step):
             return
         if self.monitor not in pl_module.latest:
             known = ", ".join(sorted(name for name in pl_module.latest if name.startswith("val/")))
@@ -117,12 +120,20 @@ class Checkpoint(pl.callbacks.Checkpoint):
                 f"checkpoint monitor={self.monitor} is not measured by the validation: use one of {known}"
             )
         value = trainer.strategy.broadcast(pl_module.latest[self.monitor])
-        better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
-        if better and pl_module.boundary:
-            self.best = value
-            if self._write(trainer, pl_module, self.directory / "best.ckpt") and trainer.is_global_zero:
-                note = {"step": pl_module.step, self.monitor: value}
-                (self.directory / "best.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+        if self.best is not None and not (value < self.best if self.mode == "min" else value > self.best):
+            return
+        if not pl_module.boundary:
+            log.warning(
+                "step %d is the best so far and not kept, for it was validated between the batches of a step: "
+                "make trainer.val_check_interval a multiple of model.accumulate",
+                pl_module.step,
+            )
+            return
+        self.best, path = value, self.directory / "best.ckpt"
+        keep = self._write if fitting else self._copy
+        if keep(trainer, pl_module, path) and trainer.is_global_zero:
+            note = {"step": pl_module.step, self.monitor: value}
+            (self.directory / "best.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
 
     @property
     def state_key(self) -> str:
@@ -181,6 +192,25 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if self.failures >= 3:
             raise StorageError(f"checkpoints cannot be written to {self.directory}: {failure}")
         return False
+
+    def _copy(self, trainer: pl.Trainer, pl_module: Any, path: Path) -> bool:
+        """Copy the checkpoint that training ended with; return whether that worked."""
+        done = True
+        if trainer.is_global_zero:
+            try:
+                copy(self.directory / f"step-{pl_module.step:08d}.ckpt", path)
+            except OSError as error:
+                log.error("%s NOT SAVED: %s", path, error)
+                done = False
+        return trainer.strategy.broadcast(done)
+
+    def _known(self, step: int) -> float | None:
+        """Return the best value up to a step: what a training ended with is noted after its last checkpoint."""
+        try:
+            note = json.loads((self.directory / "best.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return self.best
+        return note.get(self.monitor, self.best) if note.get("step", step + 1) <= step else self.best
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         if self.minutes is None:

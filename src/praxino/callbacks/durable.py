@@ -94,6 +94,22 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint, a file or a directory, to its place beside the source; raises OSError."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    _check_space(target.parent)
+    if source.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        for path in temporary.iterdir():
+            _sync_file(path)
+        _sync_directory(temporary)
+    else:
+        shutil.copyfile(source, temporary)
+        _sync_file(temporary)
+    _replace(temporary, target)
+
+
 def _check_space(directory: Path) -> None:
     """Raise OSError before a write that would fill the disk, judged by the newest checkpoint."""
     newest = max(directory.glob(PATTERN), default=None)
@@ -119,7 +135,12 @@ def _finish(temporary: Path, target: Path, plain: Any, world: int) -> None:
     _sync_directory(temporary)
     if (fault := shards.fault(temporary)) is not None:
         raise OSError(errno.EIO, fault, str(temporary))
-    if target.exists():
+    _replace(temporary, target)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Move a checkpoint to its place; a directory that is there goes first."""
+    if target.is_dir() or (temporary.is_dir() and target.exists()):
         old = target.with_name(f"{TEMPORARY}old-{target.name}")
         os.replace(target, old)
         os.replace(temporary, target)

@@ -157,6 +157,6 @@ class LatentData(PlannedData[Cached]):
             windows,
             statistics=self.manifest.statistics,
             seed=self.seed,
-            posterior=self.posterior,
+            posterior=self.posterior if training else "mean",
             text=self.text,
         )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
-from praxino.lit.optim import clip_gradients, gradient_norm, norms_by_block, parameter_groups, seed_of
+from praxino.lit.optim import clip_gradients, gradient_norm, norms_by_block, parameter_groups, renew, seed_of
 from praxino.lit.parallel import average
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,10 @@ class StepModule(pl.LightningModule):
         checkpoint["train"] = {name: getattr(self, name) for name in COUNTERS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters; refuse the state of another set of optimizers, which Lightning would load in part."""
+        """Restore the counters; refuse the state of another set of optimizers, which Lightning would load in part.
+
+        Options of the optimizers are those of this run's configuration: rate, decay and others may be changed.
+        """
         count = len(self.learners())
         expected = {"optimizer_states": count, "lr_schedulers": count if self.make_scheduler is not None else 0}
         for key, count in expected.items():
@@ -187,6 +190,10 @@ class StepModule(pl.LightningModule):
                 "the checkpoint is of another optimizer, or of other groups of weights (optimizer, decay, freeze): "
                 "resume with the configuration of its run, or take the weights alone with weights=PATH"
             )
+        schedules = checkpoint.get("lr_schedulers") or [None] * len(stored)
+        for prefix, *states in zip(self.learners(), stored, fresh, schedules, strict=True):
+            for change in renew(*states):
+                log.info("resumed with another model.%soptimizer: %s", prefix and "adversary_", change)
         for name in COUNTERS:
             setattr(self, name, checkpoint["train"].get(name, 0))
 

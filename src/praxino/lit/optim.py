@@ -78,6 +78,33 @@ def parameter_groups(parameters: list[nn.Parameter], decay: Literal["all", "matr
     ]
 
 
+def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: dict[str, Any] | None) -> list[str]:
+    """Give the stored groups of an optimizer, and the state of its schedule, the options of a fresh one.
+
+    A schedule goes on: the share that it had made of the old learning rate is that of the new one.
+
+    Returns:
+        what has changed, in words.
+    """
+    changes: dict[str, None] = {}
+    for group, ours in zip(stored, fresh, strict=True):
+        before = {**group, "lr": group.get("initial_lr", group["lr"])}
+        now = {key: value for key, value in ours.items() if key not in ("params", "initial_lr")}
+        changes |= {f"{key} {before[key]}, now {value}": None for key, value in now.items() if before[key] != value}
+        if now["lr"] == before["lr"]:
+            now["lr"] = group["lr"]
+        elif "initial_lr" in group:
+            share = group["lr"] / before["lr"] if before["lr"] else 1.0
+            now |= {"lr": share * now["lr"], "initial_lr": now["lr"]}
+        group |= now
+    if schedule is not None:
+        schedule |= {
+            "base_lrs": [group["initial_lr"] for group in stored],
+            "_last_lr": [group["lr"] for group in stored],
+        }
+    return list(changes)
+
+
 class WholeMuon(Muon):
     """Muon that makes whole matrices orthogonal, of weights in shards, too: pieces would round otherwise, in bf16.
 
