@@ -10,10 +10,12 @@ from hydra import compose, initialize_config_dir
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from praxino.config import conf_dir, instantiate, register_resolvers
+from praxino.checkpoint import save_vae
+from praxino.config import conf_dir, instantiate, plain, register_resolvers
+from praxino.data.latents import LatentClip, write_manifest
 from praxino.errors import ConfigError
 from praxino.lit.parallel import recompute_blocks
-from praxino.tasks.params import Kept, run
+from praxino.tasks.params import Kept, latent_shape, run
 
 SMALL = ["model.net.base_channels=8", "model.net.encoder_energy_flow_hidden_size=8", "model.net.latent_dim=4"]
 SMALL += ["model.net.decoder_energy_flow_hidden_size=8", "frames=5", "size=16", "batch=2"]
@@ -58,6 +60,29 @@ def test_a_denoiser_of_known_cost() -> None:
     assert result["parameters"] == sum(result["parts"].values()) == sum(p.numel() for p in net.parameters())
     assert result["forward_flops"] == 3 * net.flops((1, 8, 3, 8, 8))
     assert 2.5 < result["step_flops"] / result["forward_flops"] < 3.5
+
+
+def test_latents_are_those_of_the_cache_or_of_the_vae(tmp_path: Path) -> None:
+    """Not what `latent` assumes: it is for those who have neither yet."""
+    head = {"fingerprint": "f", "statistics": {}, "stride": (4, 4, 4), "channels": 6, "frame_rule": (1, 4)}
+    clip = LatentClip("a.mp4", "", start=0, frames=33, fps=25.0, shape=(6, 9, 7, 5), shard=0, offset=0)
+    write_manifest(tmp_path / "manifest.jsonl", {**head, "classes": None, "protocol": {}, "shards": []}, [clip])
+    cached = composed("experiment=dit_tiny", f"data.root={tmp_path}", "frames=17", "model.context.probability=0")
+    assert latent_shape(cached) == [6, 5, 7, 5]
+    figures = run(cached)  # which sets the channels
+    assert figures["forward_flops"] == cached.batch * instantiate(cached.model.net).flops((1, 6, 5, 7, 5))
+    vae = instantiate({**plain(composed("model=wfvae").model.net), "base_channels": 8, "latent_dim": 4})
+    save_vae(vae, tmp_path / "vae.ckpt")
+    own = composed("experiment=dit_tiny", f"model.vae={tmp_path / 'vae.ckpt'}", "frames=9", "size=[40,64]")
+    assert latent_shape(own) == [4, 3, 5, 8]
+
+
+@pytest.mark.parametrize("experiment", ["dit_b", "dit_seed000", "unet_pixels"])
+def test_shipped_experiments(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    assert latent_shape(cfg) == ([3, 8, 32, 32] if experiment == "unet_pixels" else [16, 5, 32, 32])
+    figures = run(cfg)
+    assert figures["step_flops"] > 2 * figures["forward_flops"]
 
 
 @pytest.mark.parametrize(

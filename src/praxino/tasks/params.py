@@ -18,11 +18,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from praxino import checkpoint
 from praxino.config import instantiate, plain, report, target_errors, type_error
+from praxino.data.latents import read_manifest
 from praxino.lit.base import StepModule
 from praxino.lit.dit import DiTModule
 from praxino.lit.parallel import recompute_blocks
 from praxino.models.vae import check_clip
+from praxino.tasks.attach import is_latents
 from praxino.tasks.common import make_directory, show_table, write_atomic
 
 log = logging.getLogger(__name__)
@@ -34,22 +37,40 @@ SETTINGS = {"report": str | None, "frames": PositiveInt, "size": int | list[int]
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Describe the training of a configuration, that of train.py.
 
-    Beside its keys: `report`, a JSON file to be written, and `latent.channels` and `latent.stride` of the VAE of a
-    denoiser.
+    Beside its keys: `report`, a JSON file to be written, and `latent.channels` and `latent.stride` of a denoiser's VAE
+    where neither `data.root`, a cache, nor `model.vae` says it.
     """
-    problems = [f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))]
+    report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))])
+    latents = latent_shape(cfg)
     if (net := cfg.model.get("net")) is not None and "channels" in net and net.channels is None:
-        net.channels = cfg.latent.channels
+        net.channels = latents[0]
     without_weights(cfg.model)
-    report([*problems, *target_errors(cfg.model, "model")])
+    report(target_errors(cfg.model, "model"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and types alone
-        result = describe(cfg)
+        result = describe(cfg, latents)
     show(result)
     if cfg.report is not None:
         path = Path(cfg.report).expanduser()
         make_directory(path.parent)
         write_atomic(path, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def latent_shape(cfg: DictConfig) -> list[int]:
+    """Return channels, frames, rows and columns of a clip's latents: those cached, those of the VAE, or assumed."""
+    if is_latents(cfg) and cfg.data.root is not None:
+        manifest = read_manifest(cfg.data.root)
+        channels, length, *cells = manifest.clips[0].shape
+        return [channels, manifest.latents(cfg.data.frames) if cfg.data.frames else length, *cells]
+    vae = cfg.model.get("vae")
+    if vae is not None:
+        vae = instantiate(vae) if isinstance(vae, DictConfig) else checkpoint.load(vae)
+    stride = plain(cfg.latent.stride) if vae is None else vae.stride
+    size = plain(cfg.size)
+    height, width = [size, size] if isinstance(size, int) else size
+    length = math.ceil((cfg.frames - 1) / stride[0]) + 1 if vae is None else vae.latent_frames(cfg.frames)
+    channels = cfg.latent.channels if vae is None else vae.latent_channels
+    return [channels, length, math.ceil(height / stride[1]), math.ceil(width / stride[2])]
 
 
 def without_weights(model: DictConfig) -> None:
@@ -61,7 +82,7 @@ def without_weights(model: DictConfig) -> None:
             lpips.weights = "random"
 
 
-def describe(cfg: DictConfig) -> dict[str, Any]:
+def describe(cfg: DictConfig, latents: list[int]) -> dict[str, Any]:
     """Return all figures as plain data: numbers, bytes, floating-point operations."""
     module = build(cfg.model)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in children(module.net)}
@@ -71,7 +92,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     learning = {prefix: sum(p.numel() for p in weights) for prefix, weights in learners.items()}
     half = str(cfg.trainer.precision).startswith("bf16")
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        flops, activations = measure_step(module, make_batch(module, cfg))
+        flops, activations = measure_step(module, make_batch(module, cfg, latents))
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
     shards = devices if "fsdp" in str(cfg.trainer.strategy).lower() else 1
     averaged = total if cfg.callbacks.get("ema") else 0
@@ -123,7 +144,7 @@ def children(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 # ------------------------------------------------------------------------------------------------------ one step
-def make_batch(module: StepModule, cfg: DictConfig) -> dict[str, Any]:
+def make_batch(module: StepModule, cfg: DictConfig, latents: list[int]) -> dict[str, Any]:
     """Return a batch of the configuration's size, without memory."""
     count, frames, size = cfg.batch, cfg.frames, plain(cfg.size)
     height, width = [size, size] if isinstance(size, int) else size
@@ -131,9 +152,7 @@ def make_batch(module: StepModule, cfg: DictConfig) -> dict[str, Any]:
     if not isinstance(module, DiTModule):
         check_clip(module.net, frames, size)  # type: ignore[arg-type]
         return {**batch, "video": torch.empty(count, frames, height, width, 3, dtype=torch.uint8)}
-    t, h, w = cfg.latent.stride
-    shape = (math.ceil((frames - 1) / t) + 1, math.ceil(height / h), math.ceil(width / w))
-    batch["latent"] = torch.empty(count, module.net.channels, *shape)
+    batch["latent"] = torch.empty(count, *latents)
     batch["first"] = torch.ones(count, dtype=torch.bool)
     if "label" in module.net.kinds:
         batch["label"] = torch.zeros(count, dtype=torch.long)
