@@ -19,7 +19,7 @@ import praxino
 from praxino import checkpoint, cli, video
 from praxino.config import check_call, conf_dir, register_resolvers
 from praxino.data.synthetic import draw
-from praxino.errors import ConfigError, DataError, NonFiniteError
+from praxino.errors import ConfigError, DataError
 from praxino.models.vae import VideoVAE, describe
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.encode import encode, run
@@ -238,13 +238,30 @@ def test_what_cannot_be_read_is_listed_and_does_not_count(saved: Path, videos: P
     assert not (tmp_path / "out" / "statistics.json").exists()
 
 
-def test_latents_that_are_not_finite_end_it(vae: VideoVAE, videos: Path, tmp_path: Path) -> None:
-    broken = WFVAE(**TINY)
-    with torch.no_grad():
-        broken.moments_layer.bias.fill_(torch.nan)
-    checkpoint.save_official(broken, tmp_path / "vae")
-    with pytest.raises(NonFiniteError, match=r"a\.mp4.* not finite"):
-        measured(tmp_path / "vae", videos, tmp_path / "out")
+@pytest.mark.parametrize(("frames", "batch"), [(9, 4), (9, 1), (None, 1)])
+def test_latents_that_are_not_finite_are_left_out(
+    saved: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int | None, batch: int
+) -> None:
+    """The videos beside them are encoded as if they were not there."""
+    shutil.copytree(videos, tmp_path / "in")
+    (tmp_path / "in" / "b.mp4").unlink()
+    settings: dict[str, Any] = {"frames": frames, "batch": batch}
+    good = measured(saved, tmp_path / "in", tmp_path / "good", **settings)
+    white = torch.full((12, 20, 26, 3), 255, dtype=torch.uint8)
+    video.write(tmp_path / "in" / "b.mp4", white, 25, "lossless")
+
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        y = video.to_float(x)
+        y[(y > 0.99).flatten(1).all(1)] = torch.nan
+        return y
+
+    monkeypatch.setattr("praxino.tasks.encoding.parts.to_float", spoiled)
+    result = measured(saved, tmp_path / "in", tmp_path / "out", **settings)
+    (row,) = (json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert (row["path"], row["reason"]) == ("b.mp4", "not_finite")
+    assert (result["videos"], result["rejected"], good["videos"]) == (3, 1, 3)
+    for name in ("mean", "std", "kl"):
+        np.testing.assert_allclose(result[name], good[name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from praxino.data.scan import Entry
 from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.models.vae import VideoVAE, check_clip
 from praxino.tasks.common import (
     Precision,
@@ -34,6 +34,7 @@ from praxino.tasks.common import (
     check_outside,
     make_directory,
     make_resize,
+    pass_over,
     precision_context,
     progress,
     show_table,
@@ -159,9 +160,11 @@ def encode(
             result |= {"fingerprint": identity["fingerprint"], "protocol": protocol, "versions": versions()}
             write_atomic(target / "statistics.json", json.dumps(result, indent=2) + "\n")
             if work.latents:
-                head = identity | {"protocol": protocol, "sources": len(known), "statistics": statistics}
+                head = identity | {"protocol": protocol, "statistics": statistics}
                 head |= {"stride": model.stride, "frame_rule": model.frame_rule, "channels": model.latent_channels}
                 head |= {"vae": None if place is None else place.name, "shards": shards}
+                encoded = {clip["path"] for clip in whole.clips}
+                head |= {"left_out": [row for row in known if row[0] not in encoded]}  # what could not be encoded
                 write_manifest(work.manifest, head, [LatentClip(**clip) for clip in whole.clips])
             work.remove()
             report(result, target)
@@ -257,10 +260,22 @@ def encode_clips(part: Part, source: Source, clips: dict[str, Any]) -> None:
     if 0 in shape:
         part.rejected += [too_small(path, *video.shape[2:4]) for path in clips["path"]]
         return
-    size = push_size(part.model, shape, source.chunk)
-    pieces = video[:, :, : shape[1], : shape[2]].split(size, dim=1)
     columns = zip(clips["index"].tolist(), clips["start"].tolist(), clips["fps"].tolist(), strict=True)
-    part.add([source.row(*row) for row in columns], ((piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)))
+    rows = [source.row(*row) for row in columns]
+    add(part, rows, video[:, :, : shape[1], : shape[2]], push_size(part.model, shape, source.chunk))
+
+
+def add(part: Part, rows: list[dict[str, Any]], video: Tensor, size: int) -> None:
+    """Encode clips together; where that gives anything but finite latents, one by one, to pass over those alone."""
+    pieces = video.split(size, dim=1)
+    try:
+        part.add(rows, ((piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)))
+    except NonFiniteError as error:
+        if len(rows) == 1:
+            part.rejected.append(pass_over(rows[0]["path"], error))
+            return
+        for row, one in zip(rows, video.split(1), strict=True):
+            add(part, [row], one, size)
 
 
 def encode_video(part: Part, source: Source, place: int) -> None:
@@ -287,9 +302,8 @@ def encode_video(part: Part, source: Source, place: int) -> None:
                     raise DecodeFailure(name, "corrupt", f"{taken} of {frames} frames could be read")
 
             part.add([source.row(place, 0, float(info.fps / stride))], pieces())
-    except DecodeFailure as failure:
-        log.warning("%s", failure)
-        part.rejected.append({"path": name, "reason": failure.reason, "detail": failure.detail})
+    except (DecodeFailure, NonFiniteError) as error:
+        part.rejected.append(pass_over(name, error))
 
 
 def too_small(path: str, height: int, width: int, frames: int | None = None) -> dict[str, Any]:

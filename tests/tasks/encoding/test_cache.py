@@ -173,10 +173,10 @@ def test_what_another_encoding_left_is_refused(vae: Path, videos: Path, whole: P
             encoded(vae, moved, out, frames=9, size=[16, 24])
         with pytest.raises(ConfigError, match="with other classes"):
             encoded(vae, moved, out, labels="folders")
-        with pytest.raises(ConfigError, match=r"of other videos \(0 changed, 8 then and 7 now, first 'b/6.mp4'\)"):
+        with pytest.raises(ConfigError, match=r"of other videos \(0 new or changed, 1 gone, first 'b/6.mp4'\)"):
             encoded(vae, moved, out, limit=7)
         os.utime(moved / "a/3.mp4")
-        with pytest.raises(ConfigError, match=r"of other videos \(1 changed, 8 then and 8 now, first 'a/3.mp4'\)"):
+        with pytest.raises(ConfigError, match=r"of other videos \(1 new or changed, 0 gone, first 'a/3.mp4'\)"):
             encoded(vae, moved, out)
         shutil.copystat(videos / "a/3.mp4", moved / "a/3.mp4")
         assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -260,7 +260,7 @@ def test_a_table_of_classes_may_come_from_excel(tmp_path: Path) -> None:
 
 
 def test_a_video_that_breaks_off_leaves_no_latents(vae: Path, videos: Path, tmp_path: Path) -> None:
-    """Its first pieces are in the shard already when it fails."""
+    """Its first pieces are in the shard already when it fails; once it is mended, the cache is of other videos."""
     healthy = video.Video.chunks
 
     def breaking(self: Any, *args: Any) -> Any:
@@ -281,6 +281,11 @@ def test_a_video_that_breaks_off_leaves_no_latents(vae: Path, videos: Path, tmp_
     others = [clip for clip in sound.clips if clip.path != "a/5.mp4"]
     for clip, other in zip(manifest.clips, others, strict=True):
         assert torch.equal(LatentReader(manifest).read(clip), LatentReader(sound).read(other))
+    mended = Path(shutil.copytree(videos, tmp_path / "mended"))
+    assert encoded(vae, mended, tmp_path / "broken", frames=None, chunk=1) == result
+    os.utime(mended / "a/5.mp4")
+    with pytest.raises(ConfigError, match=r"of other videos \(1 new or changed, 0 gone, first 'a/5.mp4'\)"):
+        encoded(vae, mended, tmp_path / "broken", frames=None, chunk=1)
     sizes = [shard["bytes"] for shard in manifest.shards]
     assert sizes == [HEADER + 2 * sum(2 * math.prod(c.shape) for c in manifest.clips if c.shard == k) for k in range(3)]
 

@@ -93,7 +93,8 @@ def begin(work: Workplace, identity: dict[str, Any], known: list[list[Any]], par
     if work.manifest.exists():
         manifest = read_manifest(work.out)
         check_identity(work.out, manifest.head, identity)
-        check_sources(work.out, [[c.path, c.stamp, c.label] for c in manifest.clips], manifest.head["sources"], known)
+        encoded = [[clip.path, clip.stamp, clip.label] for clip in manifest.clips]
+        check_sources(work.out, encoded + manifest.head.get("left_out", []), known)
         if work.latents:
             sound = is_sound if verify else has_size
             damaged = [part_of(shard) for shard in manifest.shards if not sound(work.out, shard)]
@@ -111,7 +112,7 @@ def begin(work: Workplace, identity: dict[str, Any], known: list[list[Any]], par
         check_identity(work.out, before, identity)
         if before["latents"] != work.latents:
             raise ConfigError(f"{work.folder} is of a run with stats_only={work.latents}: finish that, or delete it")
-        check_sources(work.out, before["sources"], len(before["sources"]), known)
+        check_sources(work.out, before["sources"], known)
     else:
         job_content = {**identity, "latents": work.latents, "sources": known}
         write_durably(job, json.dumps(job_content).encode())
@@ -134,14 +135,13 @@ def check_identity(out: Path, before: dict[str, Any], now: dict[str, Any]) -> No
         raise ConfigError(f"out={out} holds latents with other classes: {remedy}")
 
 
-def check_sources(out: Path, before: list[list[Any]], count: int, now: list[list[Any]]) -> None:
-    """Raise ConfigError where videos changed, came or went; `before` may lack those that could not be encoded."""
+def check_sources(out: Path, before: list[list[Any]], now: list[list[Any]]) -> None:
+    """Raise ConfigError where videos changed, came or went; each is path, stamp and label."""
     known = {path: rest for path, *rest in before}
-    changed = [path for path, *rest in now if known.get(path, rest) != rest]
+    changed = [path for path, *rest in now if known.get(path) != rest]
     gone = known.keys() - {path for path, *_ in now}
-    if changed or gone or count != len(now):
-        example = f", first {min([*changed, *gone])!a}" if changed or gone else ""
-        counts = f"{len(changed)} changed, {count} then and {len(now)} now{example}"
+    if changed or gone:
+        counts = f"{len(changed)} new or changed, {len(gone)} gone, first {min([*changed, *gone])!a}"
         raise ConfigError(f"out={out} holds latents of other videos ({counts}): choose another out, or delete this one")
 
 
