@@ -88,7 +88,7 @@ TOY: dict[str, Any] = {
     "frames": 5,
     "size": 16,
     "gate": 3,
-    "videos": {"videos": 8, "val_videos": 4},
+    "videos": {"videos": 8, "val_videos": 12},  # fewer leave the samples no place between real videos and noise
     "vae": {
         "batch": 2,
         "trainer": {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"},
@@ -100,7 +100,7 @@ TOY: dict[str, Any] = {
         "trainer": {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"},
         "model": {"net": {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64}, "context": {"frames": [1]}},
     },
-    "sample": {"n": 2, "steps": 2, "device": "cpu"},
+    "sample": {"n": 6, "steps": 2, "device": "cpu"},
     "predict": {"context": 1, "limit": 2, "samples": 2, "steps": 2, "device": "cpu"},
     "evaluate": {"workers": 0},
 }

@@ -45,7 +45,7 @@ def chain(**do: str) -> list[Stage]:
         return ["ckpt=last"] if (folder / "half").exists() else None
 
     inputs = {"a": (), "b": ("a",), "c": (), "d": ("b",)}
-    return [Stage(name, "x", {"do": do.get(name, "work")}, inputs[name], again) for name in inputs]
+    return [Stage(name, "x", {"do": do.get(name, "work")}, inputs[name], resume=again) for name in inputs]
 
 
 def run(out: Path, **do: str) -> list[str]:
@@ -73,6 +73,25 @@ def test_finished_stages_are_skipped_and_changes_reach_what_is_built_on_them(tmp
     assert run(out, b="other") == ["d"]
     moved = out.rename(tmp_path / "moved")
     assert run(moved, b="other") == []
+
+
+def test_files_of_others_that_have_changed_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What was made of them stays: it may have taken days."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").touch()
+    stages = [Stage("a", "x", {"do": "work"}, reads=(str(videos),)), Stage("b", "x", {"do": "work"}, ("a",))]
+    for added, warned in (("a.mp4", 0), ("a.mp4", 0), ("b.mp4", 1)):
+        (videos / added).write_bytes(b"1")
+        os.utime(videos / added, ns=(0, 0))
+        caplog.clear()
+        found = [stamp["skipped"] for stamp in run_stages(stages, out)]
+        messages = [r.getMessage() for r in caplog.records if "has changed since" in r.getMessage()]
+        assert len(messages) == warned
+    assert found == [True, True]
+    assert messages == [f"{videos} has changed since: to run the stage anew, remove {out / 'stages' / 'a.json'}"]
+    (out / "stages" / "a.json").unlink()
+    assert not any(stamp["skipped"] for stamp in run_stages(stages, out))
 
 
 def test_a_failure_stops_the_chain_and_is_mended_by_the_same_command(tmp_path: Path) -> None:

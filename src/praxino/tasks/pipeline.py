@@ -12,7 +12,7 @@ from praxino.config import check_call
 from praxino.errors import ConfigError, DataError
 from praxino.tasks.common import check_outside, make_directory, show_table
 from praxino.tasks.gallery import gallery
-from praxino.tasks.stages import Stage, run_stages
+from praxino.tasks.stages import Stage, begin_anew, run_stages
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,12 @@ def plan(
     if held_out is None:
         log.warning("data.val_root is not given: what is reconstructed and predicted below was seen in training")
     shown, first = held_out or train, ("videos",) if made else ()
+    theirs = () if made else tuple(filter(None, (train, held_out)))
 
-    def stage(name: str, command: str, inputs: Sequence[str], resume: Any = None, **wiring: Any) -> Stage:
+    def stage(name: str, command: str, inputs: Sequence[str], resume: Any = begin_anew, **wiring: Any) -> Stage:
         own = {**clip, **settings[name]} if name != "sample" else settings[name]
-        return Stage(name, command, merge(own, wiring), tuple(inputs), *filter(None, [resume]))
+        reads = theirs if name not in ("dit", "sample") else ()
+        return Stage(name, command, merge(own, wiring), tuple(inputs), reads, resume)
 
     vae, dit = f"{out}/vae", f"{out}/dit"
     stages = [
@@ -130,7 +132,7 @@ def check_gate(run: Path, gate: float) -> None:
     if found < gate:
         raise DataError(
             f"gate: the VAE reconstructs held-out videos at {found:.2f} dB, below gate={gate}; no DiT follows. "
-            "Train it longer (vae.trainer.max_steps=N), or lower the gate"
+            "Train it anew for longer (vae.trainer.max_steps=N), or lower the gate"
         )
     log.info("gate: held-out PSNR %.2f dB, %g needed", found, gate)
 

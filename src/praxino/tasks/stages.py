@@ -2,13 +2,15 @@
 
 `OUT/stages/NAME.json` is the stamp of a stage, written when it has ended: a digest of its settings and of the stamps of
 the stages before it that it builds on. While a stage runs, `NAME.begun` holds that digest: a stage that was killed goes
-on where its command can, and begins anew where the settings have changed since.
+on where its command can, and begins anew where the settings have changed since. Files of others that have changed since
+are told of, and nothing is thrown away for them.
 """
 
 import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -45,6 +47,7 @@ class Stage:
         command: NAME of the console script `praxino-NAME`.
         settings: of the command, nested as in its configuration; `out` is the folder of the stage.
         inputs: stages before it whose results it reads.
+        reads: folders of others that it reads.
         resume: returns the settings with which a killed command goes on in its folder, None where it cannot.
     """
 
@@ -52,6 +55,7 @@ class Stage:
     command: str
     settings: dict[str, Any]
     inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     resume: Callable[[Path], list[str] | None] = field(default=begin_anew, compare=False)
 
     def words(self, out: Path) -> list[str]:
@@ -68,20 +72,27 @@ def run_stages(stages: Sequence[Stage], out: Path) -> Iterator[dict[str, Any]]:
     """
     with claimed(out) as lock:
         digests: dict[str, str] = {}
+        states = {folder: state_of(Path(folder)) for folder in {name for stage in stages for name in stage.reads}}
         for number, stage in enumerate(stages, 1):
             digest = digest_of(stage, out, digests)
             stamp = read_stamp(out, stage.name)
             title = f"stage {number} of {len(stages)}: {stage.name}"
             if stamp and stamp["digest"] == digest and (out / stage.name).is_dir():
                 log.info("== %s: finished before, %.0f s", title, stamp["seconds"])
+                if changed := [name for name in stage.reads if stamp.get("reads", states).get(name) != states[name]]:
+                    record = out / "stages" / f"{stage.name}.json"
+                    log.warning("%s has changed since: to run the stage anew, remove %s", changed[0], record)
                 stamp |= {"skipped": True}
             else:
-                stamp = {**run_stage(stage, out, digest, title, lock), "skipped": False}
+                reads = {name: states[name] for name in stage.reads}
+                stamp = {**run_stage(stage, out, digest, reads, title, lock), "skipped": False}
             digests[stage.name] = stamp["id"]
             yield stamp
 
 
-def run_stage(stage: Stage, out: Path, digest: str, title: str, lock: int | None) -> dict[str, Any]:
+def run_stage(
+    stage: Stage, out: Path, digest: str, reads: dict[str, str], title: str, lock: int | None
+) -> dict[str, Any]:
     """Run one command, from where it was left or from its start, and write its stamp."""
     folder, records = out / stage.name, out / "stages"
     begun, extra = records / f"{stage.name}.begun", None
@@ -104,6 +115,7 @@ def run_stage(stage: Stage, out: Path, digest: str, title: str, lock: int | None
     stamp = {
         "stage": stage.name,
         "digest": digest,
+        "reads": reads,
         "command": shlex.join([f"praxino-{stage.command}", *stage.words(out)]).replace(f"{out}/", f"{out.name}/"),
         "seconds": round(time.perf_counter() - started, 2),
         "resumed": extra is not None,
@@ -133,6 +145,15 @@ def digest_of(stage: Stage, out: Path, before: dict[str, str]) -> str:
     settings = json.dumps(stage.settings, sort_keys=True).replace(f"{out}/", "")
     content = [stage.command, settings, [before[name] for name in stage.inputs]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def state_of(folder: Path) -> str:
+    """Return what the files of a folder are known again by: their names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        digest.update(os.fsencode(f"{path.relative_to(folder)}:{status.st_size}:{status.st_mtime_ns}\n"))
+    return digest.hexdigest()
 
 
 def read_stamp(out: Path, name: str) -> dict[str, Any] | None:
