@@ -160,7 +160,7 @@ def encode(
             result |= {"fingerprint": identity["fingerprint"], "protocol": protocol, "versions": versions()}
             write_atomic(target / "statistics.json", json.dumps(result, indent=2) + "\n")
             if work.latents:
-                head = identity | {"protocol": protocol, "statistics": statistics}
+                head: dict[str, Any] = identity | {"protocol": protocol, "statistics": statistics}
                 head |= {"stride": model.stride, "frame_rule": model.frame_rule, "channels": model.latent_channels}
                 head |= {"vae": None if place is None else place.name, "shards": shards}
                 encoded = {clip["path"] for clip in whole.clips}

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if (net := cfg.model.get("net")) is not None and "channels" in net and net.channels is None:
         net.channels = latents[0]
     without_weights(cfg.model)
-    report(target_errors(cfg.model, "model"))
+    report(list(target_errors(cfg.model, "model")))
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and types alone
         result = describe(cfg, latents)
     show(result)
