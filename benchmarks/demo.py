@@ -60,9 +60,6 @@ def describe(folders: dict[int, Path]) -> Iterator[str]:
     for seed, scores in predict.items():
         for name, values in scores["horizon"]["psnr"].items():
             yield f"| {seed} | {name} | {' | '.join(f'{value:.1f}' for value in values)} |"
-    for seed, folder in folders.items():
-        stamps = sorted((read(path) for path in (folder / "stages").glob("*.json")), key=lambda s: s["finished"])
-        yield f"\nseed {seed}, s: " + ", ".join(f"{s['stage']} {s['seconds']:.0f}" for s in stamps)
 
 
 def main() -> None:
