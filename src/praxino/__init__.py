@@ -1,11 +1,16 @@
-"""praxino: causal video autoencoders, trained by Lightning and composed by Hydra."""
+"""praxino: causal video autoencoders and denoisers of their latents, trained by Lightning and composed by Hydra."""
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"load": "praxino.checkpoint", "VideoVAE": "praxino.models.vae", "stream": None}
+_LAZY = {
+    "load": "praxino.checkpoint",
+    "VideoVAE": "praxino.models.vae",
+    "VideoDiT": "praxino.models.dit",
+    "stream": None,
+}
 
 
 def __getattr__(name: str) -> Any:

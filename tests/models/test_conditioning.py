@@ -42,22 +42,8 @@ def test_batches():
     cond = full()
     twice = cond.repeat(2)
     assert twice.label.tolist() == [0, 0, 1, 1]
-    both = Condition.cat([cond, cond.without({"label"})])
-    assert both.label.tolist() == [0, 1, -1, -1]
-    assert both.text.shape == (4, 4, 5)
+    assert twice.text.shape == (4, 4, 5)
     same(cond.to("cpu"), cond)
-    with pytest.raises(ValueError, match="cannot be joined: give the same parts"):
-        Condition.cat([cond, Condition(label=cond.label)])
-
-
-def test_select_frames():
-    cond = full()
-    assert cond.select(slice(0, 2)).known.tolist() == [[True, True]] * 2
-    assert cond.select(slice(None, 2)).first.all()
-    later = cond.select(slice(1, 3))
-    assert later.known.tolist() == [[True, False]] * 2
-    assert not later.first.any()
-    assert Condition().select(slice(1, 3)).first is None
 
 
 def test_time_features():

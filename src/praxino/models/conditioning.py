@@ -1,7 +1,7 @@
 """What a denoiser is told beside the noisy latents, and how it is turned into vectors."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -58,21 +58,6 @@ class Condition:
     def repeat(self, n: int) -> Self:
         """Repeat every clip n times, its copies one after the other."""
         return replace(self, **{k: v.repeat_interleave(n, dim=0) for k, v in self.given().items()})
-
-    def select(self, frames: slice) -> Self:
-        """Return the condition of some consecutive frames."""
-        known = None if self.known is None else self.known[:, frames]
-        first = torch.zeros_like(self.first) if self.first is not None and frames.start else self.first
-        return replace(self, known=known, first=first)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """Join batches, all of which must have the same parts (`without` keeps them, as null ones)."""
-        given = [part.given() for part in parts]
-        if any(g.keys() != given[0].keys() for g in given):
-            names = " and ".join(", ".join(g) or "nothing" for g in given)
-            raise ValueError(f"conditions of {names} cannot be joined: give the same parts in each, or use without().")
-        return cls(**{name: torch.cat([g[name] for g in given]) for name in given[0]})
 
 
 class TimeEmbedding(nn.Module):

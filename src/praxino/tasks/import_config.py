@@ -202,7 +202,8 @@ def frame_vae(fields: Mapping[str, Any]) -> Experiment:
         f"{cells} cells: {channels * cells}",
         f"transcode.target_size: [width, height], here [height, width] in multiples of {STRIDE}",
         "vae.size_multiplier: of the widths 8, 16, ..., 256",
-        "vae.train.kl_alpha: of a sum per value of the frame, here of the mean per latent element",
+        "vae.train.kl_alpha: of a sum per value of the frame, here of the mean per latent element; the original system "
+        "ignored it and took 1e-4",
         "the learned variance of each pixel became a constant one: l2",
     ]
     return ["override /model: causalvae", "override /model/net: causalvae_v12"], values, said + comments
