@@ -224,3 +224,11 @@ def test_a_checkpoint_of_another_diffusion_is_refused(path, prediction, match):
     other = make_dit(loss=DiffusionLoss(path, LogitNormalTime(), prediction))
     with pytest.raises(CheckpointError, match=match):
         other.on_load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_other_classes_is_refused():
+    """The numbers are the same, what they mean is not."""
+    module, other = make_dit(), make_dit()
+    module.classes, other.classes = ["1", "10", "2"], ["1", "2", "10"]
+    with pytest.raises(CheckpointError, match=r"learned the classes 1, 10, 2, the latents have 1, 2, 10: resume with"):
+        other.on_load_checkpoint({"praxino": module.describe()})

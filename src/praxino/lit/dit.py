@@ -213,6 +213,12 @@ class DiTModule(StepModule):
                 f"the checkpoint learned another diffusion (model.loss.{differing[0]} was {learned[differing[0]]}, is "
                 f"{due[differing[0]]}): resume with that one, or take the weights alone with weights=PATH"
             )
+        classes = checkpoint["praxino"].get("classes")
+        if classes and self.classes and classes != self.classes:
+            raise CheckpointError(
+                f"the checkpoint learned the classes {', '.join(classes)}, the latents have {', '.join(self.classes)}: "
+                "resume with latents of those, in their order"
+            )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
 
