@@ -132,6 +132,7 @@ def test_what_training_ends_with_may_be_the_best(tmp_path):
     trainer.validate(module, datamodule=LatentBatches(), verbose=False)
     scores = {row["step"]: row["val/loss"] for row in rows(tmp_path) if "val/loss" in row}
     assert scores[4] < scores[3]
+    assert {row["epoch"] for row in rows(tmp_path)} == {0}
     assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == 4
     assert json.loads((tmp_path / "kept" / "best.json").read_text()) == {"step": 4, "val/loss": scores[4]}
     again = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss", mode="min")

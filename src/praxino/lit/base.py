@@ -73,6 +73,7 @@ class StepModule(pl.LightningModule):
         self.max_bad_steps, self.seed, self.compile_net = max_bad_steps, seed, compile
 
         self.step = 0  # optimizer steps of the network
+        self.epoch = 0  # of the last batch; Lightning counts on when a training ends
         self.passes = 0  # steps that others made alone
         self.skipped = 0  # steps not made because something was not finite
         self.bad_steps = 0  # of these, without a good one since
@@ -201,6 +202,7 @@ class StepModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the gradients of a batch; at the end of a group of `accumulate` make the step."""
+        self.epoch = self.current_epoch
         micro = batch_idx % self.accumulate
         size = int(min(self.accumulate, self.trainer.num_training_batches - (batch_idx - micro)))
         self.boundary, self.fault = micro == size - 1, None
@@ -276,7 +278,7 @@ class StepModule(pl.LightningModule):
         self.bad_steps += 1
         self.fault = {
             "step": self.step,
-            "epoch": self.current_epoch,
+            "epoch": self.epoch,
             "rank": self.global_rank,
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
@@ -303,7 +305,7 @@ class StepModule(pl.LightningModule):
         """Write a row to every logger, under our own step; Lightning would count batches."""
         self.latest |= metrics
         for logger in self.loggers:
-            logger.log_metrics({"epoch": self.current_epoch, **metrics}, step=self.step)
+            logger.log_metrics({"epoch": self.epoch, **metrics}, step=self.step)
 
 
 def layout(groups: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:
