@@ -14,7 +14,7 @@ import torch
 
 from praxino.callbacks import checkpoint as module_under_test
 from praxino.callbacks.checkpoint import Checkpoint, lock
-from praxino.callbacks.durable import DurableIO, is_whole
+from praxino.callbacks.durable import DurableIO, copy, is_whole
 from praxino.errors import BusyError, ConfigError, NonFiniteError, StorageError
 from training import Data, load, make_module, train
 
@@ -175,6 +175,21 @@ def test_a_disk_that_would_become_full_is_not_written(tmp_path, monkeypatch):
     assert io.failure is not None
     assert io.failure.errno == errno.ENOSPC
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.ckpt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_copy_takes_the_place_of_what_was_there(tmp_path, sharded):
+    """Of a file or of a directory of shards; nothing else is left."""
+    for name in ("step-00000001.ckpt", "best.ckpt"):
+        if sharded:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "rows").write_text(name)
+        else:
+            (tmp_path / name).write_text(name)
+    copy(tmp_path / "step-00000001.ckpt", tmp_path / "best.ckpt")
+    best = tmp_path / "best.ckpt" / "rows" if sharded else tmp_path / "best.ckpt"
+    assert best.read_text() == "step-00000001.ckpt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "step-00000001.ckpt"]
 
 
 def test_every_flipped_or_missing_byte_is_found(tmp_path):
