@@ -2,10 +2,10 @@
 
     python benchmarks/overfit.py VIDEOS --out DIR
 
-Takes the first 17 frames, 64x64, of the eight videos in which copying frame 4 predicts frames 5 to 16 worst, trains a
-tiny WF-VAE on these alone, caches their latents, trains a tiny DiT on them with 5 frames given, and predicts the other
-12. Printed is the PSNR over the predicted frames beside that of copying the last given frame, of the truth through the
-VAE, and of every horizon. Finished stages in DIR are kept.
+Takes the eight videos in which copying frame 4 predicts frames 5 to 16 worst, at 64x64, trains a tiny WF-VAE on clips
+of these alone, caches the latents of their first 17 frames, trains a tiny DiT on them with 5 frames given, and predicts
+the other 12. Printed is the PSNR over the predicted frames beside that of copying the last given frame, and of every
+horizon. Finished stages in DIR are kept.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -214,10 +215,12 @@ class DiTModule(StepModule):
                 f"{due[differing[0]]}): resume with that one, or take the weights alone with weights=PATH"
             )
         classes = checkpoint["praxino"].get("classes")
-        if classes and self.classes and classes != self.classes:
+        pairs = enumerate(zip_longest(classes or (), self.classes or ()))
+        if classes and self.classes and (changed := next((pair for pair in pairs if len({*pair[1]}) == 2), None)):
+            number, (learned_name, name) = changed
             raise CheckpointError(
-                f"the checkpoint learned the classes {', '.join(classes)}, the latents have {', '.join(self.classes)}: "
-                "resume with latents of those, in their order"
+                f"class {number} was {learned_name} to the checkpoint, to the latents it is {name}: "
+                "resume with latents of the same classes in the same order"
             )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
