@@ -183,7 +183,7 @@ def test_frames_in_pieces_equal_the_whole(name, loop, dtype, tolerance, monkeypa
     whole, cache, parts = net(z, t, cond), net.new_cache(), []
     for start, stop in ((0, 2), (2, 6), (6, 8)):
         piece = slice(start, stop)
-        args = t[:, piece], cond.select(piece), cache, start
+        args = t[:, piece], Condition(known=cond.known[:, piece]), cache, start
         cache.keep = False
         net(torch.randn_like(z[:, :, piece]), *args)  # a step of a solver, which leaves no trace
         cache.keep = True
