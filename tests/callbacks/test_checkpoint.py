@@ -7,14 +7,16 @@ import signal
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
 from praxino.callbacks import checkpoint as module_under_test
+from praxino.callbacks import durable
 from praxino.callbacks.checkpoint import Checkpoint, lock
-from praxino.callbacks.durable import DurableIO, copy, is_whole
+from praxino.callbacks.durable import DurableIO, clean, is_whole, link, remove
 from praxino.errors import BusyError, ConfigError, NonFiniteError, StorageError
 from training import Data, load, make_module, train
 
@@ -122,7 +124,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full, self.real = False, os.fsync
-        monkeypatch.setattr(module_under_test.os, "fsync", self.fsync)
+        monkeypatch.setattr(durable.os, "fsync", self.fsync)
 
     def fsync(self, descriptor: int) -> None:
         if self.full:
@@ -170,26 +172,81 @@ def test_really_full_disk(tmp_path):
 def test_a_disk_that_would_become_full_is_not_written(tmp_path, monkeypatch):
     io = DurableIO()
     io.save_checkpoint({"x": torch.ones(1000)}, tmp_path / "step-00000001.ckpt")
-    monkeypatch.setattr(module_under_test.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     io.save_checkpoint({"x": torch.ones(1000)}, tmp_path / "step-00000002.ckpt")
     assert io.failure is not None
     assert io.failure.errno == errno.ENOSPC
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.ckpt"]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_copy_takes_the_place_of_what_was_there(tmp_path, sharded):
-    """Of a file or of a directory of shards; nothing else is left."""
-    for name in ("step-00000001.ckpt", "best.ckpt"):
-        if sharded:
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "rows").write_text(name)
-        else:
-            (tmp_path / name).write_text(name)
-    copy(tmp_path / "step-00000001.ckpt", tmp_path / "best.ckpt")
-    best = tmp_path / "best.ckpt" / "rows" if sharded else tmp_path / "best.ckpt"
-    assert best.read_text() == "step-00000001.ckpt"
+def make_checkpoint(path, kind):
+    """Make something that looks like a checkpoint: a file, or a directory of shards."""
+    file = path / "rows" if kind == "directory" else path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"{path.name} {kind}")
+
+
+def content(path):
+    return (path / "rows" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("new", ["file", "directory"])
+@pytest.mark.parametrize("old", ["file", "directory", None])
+def test_a_link_takes_the_place_of_what_was_there(tmp_path, monkeypatch, old, new, links):
+    if not links:
+        monkeypatch.setattr(durable.os, "link", Mock(side_effect=PermissionError))
+    source, best = tmp_path / "step-00000001.ckpt", tmp_path / "best.ckpt"
+    make_checkpoint(source, new)
+    if old is not None:
+        make_checkpoint(best, old)
+    link(source, best)
+    assert content(best) == content(source) == f"step-00000001.ckpt {new}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "step-00000001.ckpt"]
+    remove(source)
+    assert content(best) == f"step-00000001.ckpt {new}"
+
+
+def test_a_failed_link_leaves_nothing(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "step-00000001.ckpt", "file")
+    monkeypatch.setattr(durable.os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        link(tmp_path / "step-00000001.ckpt", tmp_path / "best.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.ckpt"]
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_directory_is_not_lost_to_a_kill_while_it_is_replaced(tmp_path, monkeypatch, moves):
+    """Whatever was moved before the kill, the old checkpoint or the new one is in its place afterwards."""
+    source, best = tmp_path / "step-00000001.ckpt", tmp_path / "best.ckpt"
+    make_checkpoint(source, "directory")
+    make_checkpoint(best, "directory")
+    real, left = durable.os.replace, [moves]
+
+    def killed(*args):
+        real(*args)
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(durable.os, "replace", killed)
+        link(source, best)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) > 2
+    clean(tmp_path)
+    assert content(best) == ("best.ckpt directory" if moves == 1 else "step-00000001.ckpt directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "step-00000001.ckpt"]
+
+
+def test_a_file_takes_the_place_of_a_directory_of_shards(tmp_path):
+    """A run that wrote shards goes on with files."""
+    make_checkpoint(tmp_path / "best.ckpt", "directory")
+    io = DurableIO()
+    io.save_checkpoint({"x": torch.ones(10)}, tmp_path / "best.ckpt")
+    assert io.failure is None
+    assert load(tmp_path / "best.ckpt")["x"].tolist() == [1.0] * 10
 
 
 def test_every_flipped_or_missing_byte_is_found(tmp_path):

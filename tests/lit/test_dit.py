@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -114,31 +116,73 @@ def test_checkpointed_blocks_change_nothing(tmp_path):
     assert all(torch.equal(value, again["state_dict"][key]) for key, value in kept["state_dict"].items())
 
 
+def validated(run):
+    """Return the loss of every validation, by step."""
+    return {row["step"]: row["val/loss"] for row in rows(run) if "val/loss" in row}
+
+
+def best_of(directory):
+    """Return the step that a best checkpoint is of, and what is noted of it."""
+    return load(directory / "best.ckpt")["praxino"]["step"], json.loads((directory / "best.json").read_text())
+
+
 def test_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
     keeper = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss")
     train(tmp_path, 9, make_dit(), LatentBatches(), callbacks=(keeper,), **VALIDATE)
-    scores = {row["step"]: row["val/loss"] for row in rows(tmp_path) if "val/loss" in row}
+    scores = validated(tmp_path)
     best = min(scores, key=lambda step: scores[step])
-    assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == best
-    assert keeper.best == scores[best]
+    assert best_of(tmp_path / "kept") == (best, {"step": best, "val/loss": scores[best]})
 
 
 def test_what_training_ends_with_may_be_the_best(tmp_path):
-    """It is validated after the last step; and a run that goes on from there knows of it."""
-    keeper = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss")
-    module = make_dit()
-    trainer = train(tmp_path, 4, module, LatentBatches(), callbacks=(keeper,), **VALIDATE)
-    assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == 3
+    """It is validated after the last step, by the training itself or, where that was killed, by one that goes on."""
+    kept = tmp_path / "kept"
+    keeper = Checkpoint(str(kept), every=None, monitor="val/loss")
+    trainer = train(tmp_path, 4, module := make_dit(), LatentBatches(), callbacks=(keeper,), **VALIDATE)
+    assert best_of(kept)[0] == 3
+    shutil.copytree(kept, tmp_path / "killed")
     trainer.validate(module, datamodule=LatentBatches(), verbose=False)
-    scores = {row["step"]: row["val/loss"] for row in rows(tmp_path) if "val/loss" in row}
+    scores = validated(tmp_path)
     assert scores[4] < scores[3]
     assert {row["epoch"] for row in rows(tmp_path)} == {0}
-    assert load(tmp_path / "kept" / "best.ckpt")["praxino"]["step"] == 4
-    assert json.loads((tmp_path / "kept" / "best.json").read_text()) == {"step": 4, "val/loss": scores[4]}
-    again = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss", mode="min")
-    again.load_state_dict({"best": scores[3]})
-    assert again._known(4) == scores[4]
-    assert again._known(3) == scores[3]  # begun anew before it
+    assert best_of(kept) == (4, {"step": 4, "val/loss": scores[4]})
+
+    keeper, again = Checkpoint(str(tmp_path / "killed"), every=None, monitor="val/loss"), tmp_path / "again"
+    ckpt = tmp_path / "killed" / "step-00000004.ckpt"
+    trainer = train(again, 4, module := make_dit(), LatentBatches(), callbacks=(keeper,), resume=ckpt, **VALIDATE)
+    trainer.validate(module, datamodule=LatentBatches(), verbose=False)
+    assert validated(again) == {4: scores[4]}
+    assert {row["epoch"] for row in rows(again)} == {0}
+    assert best_of(tmp_path / "killed") == (4, {"step": 4, "val/loss": scores[4]})
+
+
+def test_a_run_that_goes_on_knows_the_best(tmp_path):
+    """Of its own past: one that came after the step where it goes on is another future's."""
+    kept, note = tmp_path / "kept", tmp_path / "kept" / "best.json"
+    keeper = Checkpoint(str(kept), every=1, keep=None, monitor="val/loss")
+    train(tmp_path, 6, make_dit(), LatentBatches(), callbacks=(keeper,), **VALIDATE)
+    assert best_of(kept)[0] == 6
+    scores = validated(tmp_path)
+    for lowest, kept_step in ((0.0, 3), (scores[6] + 1, 6)):  # as if step 3 had been better, or worse, than any
+        os.unlink(kept / "best.ckpt")
+        shutil.copyfile(kept / "step-00000003.ckpt", kept / "best.ckpt")
+        note.write_text(json.dumps({"step": 3, "val/loss": lowest}))
+        keeper = Checkpoint(str(kept), every=1, keep=None, monitor="val/loss")
+        ckpt = kept / "step-00000003.ckpt"
+        train(tmp_path / str(kept_step), 6, make_dit(), LatentBatches(), callbacks=(keeper,), resume=ckpt, **VALIDATE)
+        assert best_of(kept)[0] == kept_step
+    train(tmp_path / "back", 4, make_dit(), LatentBatches(), callbacks=(keeper,), resume=ckpt, **VALIDATE)
+    assert not (kept / "best.ckpt").exists()
+    assert best_of(kept / "superseded")[0] == 6
+
+
+@pytest.mark.parametrize("content", ["", "null", "[1]", '{"step": "a", "val/loss": 0}'])
+def test_a_note_that_says_nothing_is_no_best(tmp_path, content):
+    for file in ("best.ckpt", "best.json"):
+        (tmp_path / file).write_text(content)
+    keeper = Checkpoint(str(tmp_path), monitor="val/loss")
+    assert keeper._is_better(7.0)
+    assert not keeper._is_better(float("nan"))
 
 
 def test_a_best_between_the_batches_of_a_step_is_told_of(tmp_path, caplog):
@@ -231,5 +275,5 @@ def test_a_checkpoint_of_other_classes_is_refused():
     """The numbers are the same, what they mean is not."""
     module, other = make_dit(), make_dit()
     module.classes, other.classes = ["1", "10", "2"], ["1", "2", "10"]
-    with pytest.raises(CheckpointError, match="class 1 was 10 to the checkpoint, to the latents it is 2: resume with"):
+    with pytest.raises(CheckpointError, match="class 1 is '2' in the latents and was '10' to the ch"):
         other.on_load_checkpoint({"praxino": module.describe()})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from praxino.errors import CheckpointError, ConfigError
-from praxino.lit.optim import warmup_cosine
+from praxino.lit.optim import renew, warmup_cosine
 from praxino.losses.vae import VAELoss
 from praxino.models.causalvae import CausalVAE
 from training import Data, load, make_adversary, make_module, make_net, rows, train
@@ -203,7 +203,40 @@ def test_options_of_an_optimizer_may_change_on_resume(tmp_path, caplog, schedule
         assert group["weight_decay"] == (0.01 if again is whole else 0.2)
         changes = [r.getMessage() for r in caplog.records if "resumed with another" in r.getMessage()]
         assert len(changes) == (0 if again is whole else 2)
-    assert changes[0] == "resumed with another model.optimizer: lr 0.001, now 0.0001"
+    assert changes[0] == "resumed with another optimizer: lr 0.001, now 0.0001"
+
+
+def test_a_changed_schedule_acts_at_once(tmp_path):
+    def module(total):
+        return make_module(scheduler=partial(warmup_cosine, total=total))
+
+    train(tmp_path / "whole", steps=4, module=module(4))
+    train(tmp_path, steps=2, module=module(2))
+    train(tmp_path, steps=4, module=module(4), resume=tmp_path / "checkpoints" / "step-00000002.ckpt")
+    rates = [[row["train/lr"] for row in rows(run)][2:] for run in (tmp_path, tmp_path / "whole")]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.RMSprop, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {"centered": True}),
+    ],
+)
+def test_an_option_that_needs_a_state_is_refused_on_resume(tmp_path, optimizer, option):
+    train(tmp_path, steps=1, module=make_module(optimizer=partial(optimizer, lr=1e-3)))
+    other = make_module(optimizer=partial(optimizer, lr=1e-3, **option))
+    with pytest.raises(CheckpointError, match=f"{next(iter(option))}=.* needs a state that the checkpoint lacks"):
+        train(tmp_path, steps=2, module=other, resume=tmp_path / "checkpoints" / "step-00000001.ckpt")
+
+
+def test_pairs_that_come_back_as_lists_are_no_change():
+    fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, 0.99)).state_dict()["param_groups"]
+    stored = [{**group, "betas": list(group["betas"])} for group in fresh]
+    assert renew(stored, fresh, None) == []
+    assert stored[0]["betas"] == (0.9, 0.99)
 
 
 @pytest.mark.parametrize("adversary", [False, True])

@@ -3,8 +3,8 @@
 import fcntl
 import json
 import logging
+import math
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterable
@@ -15,11 +15,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, copy
+from praxino.archive import replace
+from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, clean, link, move, remove
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
+
+NOTE = "best.json"  # the step and the value of best.ckpt
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
@@ -55,7 +58,6 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.directory = Path(directory)
         self.every, self.minutes, self.keep, self.config = every, minutes, keep, config
         self.monitor, self.mode = monitor, mode
-        self.best: float | None = None
         self.failures = 0  # saves in a row that failed
         self._saved = -1  # step of the last save
         self._time = time.monotonic()
@@ -65,7 +67,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Take over the writing of checkpoints; make sure that the directory is ours and can be written."""
         trainer.strategy.checkpoint_io = self._io
-        if stage != "fit":
+        if stage not in ("fit", "validate"):
             return
         error: PraxinoError | None = None
         if trainer.is_global_zero:
@@ -74,8 +76,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             except PraxinoError as reason:
                 error = reason
             else:
-                for stale in self.directory.glob(f"{TEMPORARY}*"):
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+                clean(self.directory)
         error = trainer.strategy.broadcast(error)
         if error is not None:
             raise error
@@ -85,8 +86,6 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._saved, self._time = pl_module.step, time.monotonic()
         if trainer.is_global_zero:
             self._supersede(pl_module.step)
-        if self.monitor is not None:
-            self.best = trainer.strategy.broadcast(self._known(pl_module.step))
         # Lightning ends the epoch of a checkpoint taken at its last batch, but forgets to count the next one as begun:
         # a second resume would take another epoch.
         epochs: Any = trainer.fit_loop.epoch_progress
@@ -110,43 +109,38 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Keep `best.ckpt` where the metric is better than ever, of a training that runs or has just ended."""
-        fitting = trainer.state.fn == "fit"
-        if self.monitor is None or trainer.sanity_checking or not (fitting or self._saved == pl_module.step):
+        """Keep `best.ckpt` where the metric is better than ever, in a training and after it."""
+        if self.monitor is None or trainer.sanity_checking:
             return
         if self.monitor not in pl_module.latest:
             known = ", ".join(sorted(name for name in pl_module.latest if name.startswith("val/")))
             raise ConfigError(
                 f"checkpoint monitor={self.monitor} is not measured by the validation: use one of {known}"
             )
-        value = trainer.strategy.broadcast(pl_module.latest[self.monitor])
-        if self.best is not None and not (value < self.best if self.mode == "min" else value > self.best):
+        value, step = pl_module.latest[self.monitor], pl_module.step
+        saved, best = self._path(step), self.directory / "best.ckpt"
+        better, exists = trainer.strategy.broadcast((self._is_better(value), saved.exists()))
+        if not better:
             return
-        if not pl_module.boundary:
+        if exists:
+            done = self._link(trainer, saved, best)
+        elif trainer.state.fn != "fit":  # the weights were not saved
+            return
+        elif pl_module.boundary:
+            done = self._write(trainer, pl_module, best)
+        else:
             log.warning(
                 "step %d is the best so far and not kept, for it was validated between the batches of a step: "
                 "make trainer.val_check_interval a multiple of model.accumulate",
-                pl_module.step,
+                step,
             )
             return
-        self.best, path = value, self.directory / "best.ckpt"
-        keep = self._write if fitting else self._copy
-        if keep(trainer, pl_module, path) and trainer.is_global_zero:
-            note = {"step": pl_module.step, self.monitor: value}
-            (self.directory / "best.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
-
-    @property
-    def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint, the same wherever the run lies."""
-        return "Checkpoint" if self.monitor is None else f"Checkpoint({self.monitor})"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far, where one is looked for."""
-        return {} if self.best is None else {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value so far."""
-        self.best = state_dict.get("best")
+        if done and trainer.is_global_zero:
+            try:
+                note = json.dumps({"step": step, self.monitor: value}) + "\n"
+                replace(self.directory / NOTE, lambda path: path.write_text(note, encoding="utf-8"))
+            except OSError as error:
+                log.error("%s NOT WRITTEN: %s", self.directory / NOTE, error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Give the directory free."""
@@ -167,7 +161,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             NonFiniteError: the weights hold NaN or infinity; nothing is written.
             StorageError: the third failure in a row.
         """
-        path = self.directory / f"step-{pl_module.step:08d}.ckpt"
+        path = self._path(pl_module.step)
         saved = self._write(trainer, pl_module, path)
         self._saved, self._time = pl_module.step, time.monotonic()
         if saved and trainer.is_global_zero:
@@ -193,24 +187,36 @@ class Checkpoint(pl.callbacks.Checkpoint):
             raise StorageError(f"checkpoints cannot be written to {self.directory}: {failure}")
         return False
 
-    def _copy(self, trainer: pl.Trainer, pl_module: Any, path: Path) -> bool:
-        """Copy the checkpoint that training ended with; return whether that worked."""
+    def _link(self, trainer: pl.Trainer, source: Path, target: Path) -> bool:
+        """Let a checkpoint be the best one; return whether that worked."""
         done = True
         if trainer.is_global_zero:
             try:
-                copy(self.directory / f"step-{pl_module.step:08d}.ckpt", path)
+                link(source, target)
             except OSError as error:
-                log.error("%s NOT SAVED: %s", path, error)
+                log.error("%s NOT SAVED: %s", target, error)
                 done = False
         return trainer.strategy.broadcast(done)
 
-    def _known(self, step: int) -> float | None:
-        """Return the best value up to a step: what a training ended with is noted after its last checkpoint."""
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.ckpt"
+
+    def _is_better(self, value: float) -> bool:
+        """Tell whether a value of the metric is better than that of `best.ckpt`, as far as one is known."""
+        if not math.isfinite(value):
+            log.warning("%s is %s: it is passed over in the search for the best", self.monitor, value)
+            return False
+        best = self._note().get(self.monitor)
+        return best is None or (value < best if self.mode == "min" else value > best)
+
+    def _note(self) -> dict[str | None, float]:
+        """Return the step and the value of `best.ckpt`; nothing where they are not known."""
         try:
-            note = json.loads((self.directory / "best.json").read_text(encoding="utf-8"))
+            note = json.loads((self.directory / NOTE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return self.best
-        return note.get(self.monitor, self.best) if note.get("step", step + 1) <= step else self.best
+            return {}
+        valid = isinstance(note, dict) and all(isinstance(value, int | float) for value in note.values())
+        return note if valid and (self.directory / "best.ckpt").exists() else {}
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         if self.minutes is None:
@@ -224,20 +230,22 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if self.keep is not None:
             older = sorted((p for p in self.directory.glob(PATTERN) if p.name < newest.name), reverse=True)
             for path in older[self.keep - 1 :]:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                remove(path)
 
     def _supersede(self, step: int) -> None:
-        later = [p for p in self.directory.glob(PATTERN) if p.name > f"step-{step:08d}.ckpt"]
+        later = [p for p in self.directory.glob(PATTERN) if p.name > self._path(step).name]
+        if self._note().get("step", step) > step:
+            later += [self.directory / "best.ckpt", self.directory / NOTE]
         for path in later:
             target = self.directory / "superseded"
             target.mkdir(exist_ok=True)
-            os.replace(path, target / path.name)
+            move(path, target / path.name)
         if later:
             log.warning(
-                "training begins at step %d: %d later checkpoints moved to %s/superseded",
+                "training begins at step %d: later checkpoints moved to %s/superseded: %s",
                 step,
-                len(later),
                 self.directory,
+                ", ".join(sorted(path.name for path in later)),
             )
 
     def _release(self) -> None:

@@ -15,6 +15,7 @@ from praxino import shards
 
 PATTERN = "step-*.ckpt"
 TEMPORARY = ".tmp-"
+OLD = f"{TEMPORARY}old-"
 
 
 class DurableIO(TorchCheckpointIO):
@@ -39,8 +40,7 @@ class DurableIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             if not is_whole(temporary):
                 raise OSError(errno.EIO, "the file read back is not the file written", str(temporary))
-            os.replace(temporary, target)
-            _sync_directory(target.parent)
+            move(temporary, target)
         except OSError as error:
             self.failure = error
         except RuntimeError as error:  # torch's writer, when the disk under it fails
@@ -74,7 +74,7 @@ class DurableIO(TorchCheckpointIO):
                 self.failure = self.failure or OSError(errno.EIO, reasons[0], str(target))
                 break
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True, place: Any = None
@@ -94,20 +94,58 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, a file or a directory, to its place beside the source; raises OSError."""
+def clean(directory: Path) -> None:
+    """Take away what a killed process was writing, and put back what it was about to replace."""
+    for old in directory.glob(f"{OLD}*"):
+        target = directory / old.name.removeprefix(OLD)
+        if not target.exists():
+            os.replace(old, target)
+    for stale in directory.glob(f"{TEMPORARY}*"):
+        remove(stale)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a checkpoint, a file or a directory, a second name beside its own; raises OSError.
+
+    Files of checkpoints are never changed, so both names may be of the same bytes on the disk.
+    """
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    _check_space(target.parent)
-    if source.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        for path in temporary.iterdir():
-            _sync_file(path)
-        _sync_directory(temporary)
+    remove(temporary)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, temporary, copy_function=_link)
+        else:
+            _link(source, temporary)
+        move(temporary, target)
+    finally:
+        remove(temporary)
+
+
+def move(temporary: Path, target: Path) -> None:
+    """Move a checkpoint to its place; a directory that is there, or goes there, takes two moves (see `clean`)."""
+    if target.is_dir() or (temporary.is_dir() and target.exists()):
+        old = target.with_name(f"{OLD}{target.name}")
+        remove(old)
+        os.replace(target, old)
+        os.replace(temporary, target)
+        remove(old)
     else:
-        shutil.copyfile(source, temporary)
-        _sync_file(temporary)
-    _replace(temporary, target)
+        os.replace(temporary, target)
+    _sync_directory(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a directory, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _link(source: Any, target: Any) -> None:
+    """Link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync_file(Path(target))
 
 
 def _check_space(directory: Path) -> None:
@@ -121,7 +159,7 @@ def _check_space(directory: Path) -> None:
 
 
 def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    remove(directory)
     directory.mkdir(parents=True)
     _check_space(directory.parent)
 
@@ -135,19 +173,7 @@ def _finish(temporary: Path, target: Path, plain: Any, world: int) -> None:
     _sync_directory(temporary)
     if (fault := shards.fault(temporary)) is not None:
         raise OSError(errno.EIO, fault, str(temporary))
-    _replace(temporary, target)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Move a checkpoint to its place; a directory that is there goes first."""
-    if target.is_dir() or (temporary.is_dir() and target.exists()):
-        old = target.with_name(f"{TEMPORARY}old-{target.name}")
-        os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    else:
-        os.replace(temporary, target)
-    _sync_directory(target.parent)
+    move(temporary, target)
 
 
 def _sync_file(path: Path) -> None:

@@ -31,7 +31,8 @@ def guide(
         unconditional: predicts the same quantity without the condition.
         scale: above 1 stresses the condition.
         interval: the times at which guidance acts, ends included (Kynkaanniemi et al. 2024); of every frame its own.
-        rescale: part of the way to the spread of the conditional prediction, on frames with noise (Lin et al. 2023).
+        rescale: part of the way to the spread of the conditional prediction, on frames with noise but for given ones
+            (Lin et al. 2023).
         known: `(B, T)`, true at given frames, on which guidance does not act; times are then of every frame.
 
     Raises:
@@ -55,7 +56,7 @@ def guide(
         without = unconditional(z, t)
         result = without + scale * (prediction - without)
         if rescale:
-            noisy = expand(t > 0, z)
+            noisy = expand(t > 0 if known is None else (t > 0) & ~known, z)
             ratio = spread(prediction, noisy) / spread(result, noisy).clamp(min=1e-8)
             result = result * (1 + rescale * (ratio - 1))
         return torch.where(expand(acts, z), result, prediction)

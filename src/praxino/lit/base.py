@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from praxino.errors import CheckpointError, ConfigError, NonFiniteError
 from praxino.lit.optim import clip_gradients, gradient_norm, norms_by_block, parameter_groups, renew, seed_of
@@ -22,7 +22,7 @@ from praxino.lit.parallel import average
 
 log = logging.getLogger(__name__)
 
-COUNTERS = ("step", "passes", "skipped", "bad_steps")
+COUNTERS = ("step", "epoch", "passes", "skipped", "bad_steps")
 
 
 class StepModule(pl.LightningModule):
@@ -161,7 +161,13 @@ class StepModule(pl.LightningModule):
             raise ConfigError(f"model.optimizer: {error}") from error
 
     def on_train_start(self) -> None:
-        """Tell the loggers that keep files from which step the run goes on."""
+        """Take the rates from the schedules, which may have changed; tell the loggers from where the run goes on."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(schedule := config.scheduler, LambdaLR):
+                pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+                schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in pairs]
+                for group, lr in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                    group["lr"] = lr
         for logger in self.loggers:
             resume = getattr(logger, "resume", None)
             if callable(resume):
@@ -194,7 +200,7 @@ class StepModule(pl.LightningModule):
         schedules = checkpoint.get("lr_schedulers") or [None] * len(stored)
         for prefix, *states in zip(self.learners(), stored, fresh, schedules, strict=True):
             for change in renew(*states):
-                log.info("resumed with another model.%soptimizer: %s", prefix and "adversary_", change)
+                log.info("resumed with another %soptimizer: %s", prefix, change)
         for name in COUNTERS:
             setattr(self, name, checkpoint["train"].get(name, 0))
 

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -81,7 +80,7 @@ class DiTModule(StepModule):
         self.checkpoint_activations = checkpoint_activations
         self.validated = -1  # step of the last validation
         self.previews = 0  # samples that a validation shows, set by who shows them
-        self.shape: list[int] = []  # (C, T, H, W) of the latents seen last
+        self.shape: list[int] = []  # (C, T, H, W) of the longest latents seen
         self.reference: dict[str, Any] = {}  # what a checkpoint says of the VAE
         self.statistics: dict[str, Any] | None = None  # of the latents, for checkpoints
         self.classes: list[str] | None = None  # their names, for checkpoints
@@ -215,13 +214,12 @@ class DiTModule(StepModule):
                 f"{due[differing[0]]}): resume with that one, or take the weights alone with weights=PATH"
             )
         classes = checkpoint["praxino"].get("classes")
-        pairs = enumerate(zip_longest(classes or (), self.classes or ()))
-        if classes and self.classes and (changed := next((pair for pair in pairs if len({*pair[1]}) == 2), None)):
-            number, (learned_name, name) = changed
-            raise CheckpointError(
-                f"class {number} was {learned_name} to the checkpoint, to the latents it is {name}: "
-                "resume with latents of the same classes in the same order"
-            )
+        for number, (was, name) in enumerate(zip(classes or (), self.classes or (), strict=False)):
+            if was != name:
+                raise CheckpointError(
+                    f"class {number} is {name!r} in the latents and was {was!r} to the checkpoint: resume with latents "
+                    "of the same classes in the same order, or take the weights alone with weights=PATH"
+                )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
 
@@ -245,7 +243,8 @@ class DiTModule(StepModule):
             z, first = batch["latent"], batch.get("first")
         else:
             z, first = self.encode(batch["video"], sample), None
-        self.shape = list(z.shape[1:])
+        if not self.shape or self.shape[1] <= z.shape[2]:
+            self.shape = list(z.shape[1:])
         if missing := sorted(self.net.kinds - batch.keys()):
             raise ConfigError(
                 f"model.net takes {' and '.join(missing)}, which the data do not have: give them "

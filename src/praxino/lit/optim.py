@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from praxino.errors import ConfigError
+from praxino.errors import CheckpointError, ConfigError
+
+STATEFUL = ("amsgrad", "centered", "momentum")  # options of optimizers that keep a state of their own
 
 
 def warmup_constant(optimizer: Optimizer, warmup: int = 0) -> LambdaLR:
@@ -85,12 +87,21 @@ def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: d
 
     Returns:
         what has changed, in words.
+
+    Raises:
+        CheckpointError: an option that keeps a state of its own was off and is on.
     """
     changes: dict[str, None] = {}
     for group, ours in zip(stored, fresh, strict=True):
         before = {**group, "lr": group.get("initial_lr", group["lr"])}
         now = {key: value for key, value in ours.items() if key not in ("params", "initial_lr")}
-        changes |= {f"{key} {before[key]}, now {value}": None for key, value in now.items() if before[key] != value}
+        changed = [key for key, value in now.items() if comparable(before[key]) != comparable(value)]
+        if missing := [key for key in STATEFUL if key in changed and not before[key]]:
+            raise CheckpointError(
+                f"{missing[0]}={now[missing[0]]} needs a state that the checkpoint lacks: resume with "
+                f"{missing[0]}={before[missing[0]]}, or take the weights alone with weights=PATH"
+            )
+        changes |= {f"{key} {before[key]}, now {now[key]}": None for key in changed}
         if now["lr"] == before["lr"]:
             now["lr"] = group["lr"]
         elif "initial_lr" in group:
@@ -103,6 +114,11 @@ def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: d
             "_last_lr": [group["lr"] for group in stored],
         }
     return list(changes)
+
+
+def comparable(value: Any) -> Any:
+    """Return an option as it comes back from a checkpoint in shards, which has lists in place of tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 class WholeMuon(Muon):
