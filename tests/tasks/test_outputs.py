@@ -10,11 +10,11 @@ import pytest
 from dit_run import SIZE, make_run
 from praxino import video
 from praxino.data.synthetic import draw
-from praxino.errors import ConfigError, DataError
+from praxino.errors import BusyError, ConfigError, DataError
 from praxino.models.dit import VideoDiT
 from praxino.tasks.evaluation.pairs import read_tree
 from praxino.tasks.evaluation.score import Reading
-from praxino.tasks.outputs import begin
+from praxino.tasks.outputs import check_finished, written
 from praxino.tasks.predict import predict
 from praxino.tasks.sample import sample
 
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def killed(monkeypatch: pytest.MonkeyPatch, calls: int, function: Callable[[], Any]) -> None:
@@ -85,19 +85,63 @@ def test_predictions_of_a_killed_run(run: str, tmp_path: Path, monkeypatch: pyte
     assert not (out / "mean").exists()
     with pytest.raises(DataError, match=r"predictions\.jsonl is of a run that did not finish"):
         read_tree(str(out / "full"), None)
+    for folder in (out / "full", out / "truth", out / "context" / "deep"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".praxino-0123.mp4").touch()  # as a process leaves it that is killed while it writes
     predicted(compare=False)
     finished |= {name.replace("a.mp4", "deep/b.mp4") for name in finished}
     assert files(out) == {*finished, "truth/c.mp4", "predictions.jsonl", "rejected.jsonl", "metrics.json"}
     assert read_tree(str(out / "full"), None).videos.keys() == {"a.mp4", "deep/b.mp4"}
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    with pytest.raises(ConfigError, match=r"full/a\.mp4' is of an earlier run in .*, which would go"):
+        predict(run, str(out / "full"), str(out), frames=9, steps=1, compare=False, device="cpu")
+    assert before == {name: (out / name).read_bytes() for name in files(out)}
 
 
-@pytest.mark.parametrize("text", ['{"files": ["../x.mp4"]}', '{"files": ["/x.mp4"]}', '{"file": "x.mp4"}', "[]", "x"])
+def test_two_runs_do_not_write_to_one_folder(run: str, tmp_path: Path) -> None:
+    sample(run, str(tmp_path), n=1, steps=1, device="cpu")
+    before = (tmp_path / "00000.mp4").read_bytes()
+    with written(tmp_path, "samples.jsonl", ["00000.mp4"], []):
+        assert not (tmp_path / "00000.mp4").exists()
+        with pytest.raises(BusyError, match="is in use by"):
+            sample(run, str(tmp_path), n=1, steps=1, device="cpu")
+    sample(run, str(tmp_path), n=1, steps=1, device="cpu")
+    assert (tmp_path / "00000.mp4").read_bytes() == before
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "protocol.json").write_text("of the user")
+    with pytest.raises(ConfigError, match=r"protocol\.json' exists and is not of an earlier run"):  # noqa: SIM117
+        with written(tmp_path, "samples.jsonl", ["00000.mp4"], ["protocol.json"]):
+            pass
+    assert files(tmp_path) == {"protocol.json"}
+
+
+def test_an_unfinished_run_is_known_wherever_one_looks(tmp_path: Path) -> None:
+    """In its folder, below it, and at a file of it; other folders below or beside it are not of the run."""
+    out = tmp_path / "out"
+    with written(out, "predictions.jsonl", ["full/deep/a.mp4", "full/b.mp4"], []):
+        pass
+    (out / "samples.jsonl").write_text("[]")  # of something else
+    for place in (out, out / "full", out / "full" / "deep", out / "full" / "b.mp4"):
+        with pytest.raises(DataError, match=r"predictions\.jsonl is of a run that did not finish"):
+            check_finished(place)
+    for place in (tmp_path, out / "videos", out / "full" / "deeper", out / "full" / "c.mp4"):
+        check_finished(place)
+
+
+RECORDS = ['{"files": ["../x.mp4"]}', '{"files": ["/x.mp4"]}', '{"files": "x.mp4"}', '{"file": "x.mp4"}', "[]", "x", ""]
+
+
+@pytest.mark.parametrize("text", RECORDS)
 def test_nothing_is_removed_by_a_record_of_others(tmp_path: Path, text: str) -> None:
     out, other = tmp_path / "out", tmp_path / "x.mp4"
     out.mkdir()
     other.touch()
-    (out / "samples.jsonl").write_text(text + "\n")
-    with pytest.raises(ConfigError, match="does not say which files an earlier run wrote: choose another out"):
-        begin(out, "samples.jsonl", ["x.mp4"], ["sheet.png"])
-    assert other.exists()
-    assert (out / "samples.jsonl").read_text() == text + "\n"
+    (out / "x.mp4").touch()
+    (out / "samples.jsonl").write_text(text + "\n" * bool(text))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with pytest.raises(ConfigError, match="does not say which files an earlier run wrote: remove it and them, or"):  # noqa: SIM117
+        with written(out, "samples.jsonl", ["x.mp4"], ["sheet.png"]):
+            pass
+    assert before == {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}

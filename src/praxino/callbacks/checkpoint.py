@@ -15,8 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from praxino.archive import replace
-from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, clean, link, move, remove
+from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, clean, link, move, remove, write_text
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.lit.optim import local
 
@@ -137,8 +136,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             return
         if done and trainer.is_global_zero:
             try:
-                note = json.dumps({"step": step, self.monitor: value}) + "\n"
-                replace(self.directory / NOTE, lambda path: path.write_text(note, encoding="utf-8"))
+                write_text(self.directory / NOTE, json.dumps({"step": step, self.monitor: value}) + "\n")
             except OSError as error:
                 log.error("%s NOT WRITTEN: %s", self.directory / NOTE, error)
 

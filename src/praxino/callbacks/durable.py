@@ -94,6 +94,13 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def clean(directory: Path) -> None:
     """Take away what a killed process was writing, and put back what it was about to replace."""
     for old in directory.glob(f"{OLD}*"):

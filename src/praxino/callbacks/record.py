@@ -14,6 +14,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from praxino.callbacks.durable import write_text
+
 log = logging.getLogger(__name__)
 
 FIRST = ["step", "epoch", "time"]  # columns
@@ -59,7 +61,7 @@ class RunLog(Logger):
             log.warning("%s holds metrics of another run: they are now %s.old", self.directory, self.jsonl.name)
         kept = [row for row in rows if 0 < row["step"] <= step] if step else []
         if kept:
-            _replace(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept))
             self._rewrite_csv(kept)
 
     @rank_zero_only
@@ -88,7 +90,7 @@ class RunLog(Logger):
         """Write the table again, with the columns that have come up so far."""
         self._columns = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row)]))
         header = ",".join(self._columns) + "\n"
-        _replace(self.csv, header + _csv_lines(self._columns, rows))
+        write_text(self.csv, header + _csv_lines(self._columns, rows))
 
 
 class SafeLogger(Logger):
@@ -183,10 +185,3 @@ def _csv_lines(columns: list[str], rows: list[dict[str, Any]]) -> str:
 def _append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -36,7 +36,7 @@ from praxino.tasks.common import (
 from praxino.tasks.generation.generate import Generator, Rollout, decode, latents_of, seed_of
 from praxino.tasks.generation.horizon import PROTOCOL, SCORES, judge, report, score, summary
 from praxino.tasks.generation.opening import Settings, open_generator
-from praxino.tasks.outputs import begin
+from praxino.tasks.outputs import PREDICTIONS, written
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
@@ -44,7 +44,7 @@ from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 log = logging.getLogger(__name__)
 
 GAIN = 4.0  # of the error in side_by_side
-RECORD, BESIDE = "predictions.jsonl", ("rejected.jsonl", "metrics.json", "horizon.csv")
+BESIDE = ("rejected.jsonl", "metrics.json", "horizon.csv")  # the record
 Row = dict[str, Any]
 
 
@@ -140,7 +140,7 @@ def predict(
         kinds = ["context", "prediction", "full", *(["truth", "mean", "side_by_side"] if compare else [])]
         names = output_names(sources)
         planned = [f"{kind}/{name}" for name in names for kind in kinds]
-        ranks.on_first(lambda: begin(target, RECORD, planned, BESIDE, ckpt=ckpt, seed=seed))
+        read = [root / source for source in sources]
         drawn = samples if compare else 1
         plan = Plan(generator, context, frames, length, start, stride, resize, drawn, compare, seed, fps)
 
@@ -159,14 +159,11 @@ def predict(
                         log.info("%s", summary(rows[-1]))
             return rows, failed
 
-        parts = ranks.on_all(work)
-        rows = sorted((row for part in parts for row in part[0]), key=lambda row: sources.index(row["path"]))
-        rejected += [row for part in parts for row in part[1]]
         protocol = asdict(settings) | {"window_latents": generator.window, "overlap_latents": generator.overlap}
         protocol |= {"input": input, "start": start, "stride": stride, "size": size, "seed": seed}
         protocol |= {"precision": precision, **PROTOCOL}
 
-        def finish() -> dict[str, Any]:
+        def finish(rows: list[Row], rejected: list[Row]) -> dict[str, Any]:
             write_jsonl(target / "rejected.jsonl", rejected)
             curves = [row.pop("curves") for row in rows]
             if not rows:
@@ -177,10 +174,14 @@ def predict(
             result |= {"protocol": protocol, "versions": versions()}
             write_atomic(target / "metrics.json", json.dumps(result, indent=2) + "\n")
             report(result, target, compare)
-            write_jsonl(target / RECORD, rows)
+            write_jsonl(target / PREDICTIONS, rows)
             return result
 
-        return ranks.on_first(finish)
+        with written(target, PREDICTIONS, planned, BESIDE, read, ranks, ckpt=ckpt, seed=seed):
+            parts = ranks.on_all(work)
+            rows = sorted((row for part in parts for row in part[0]), key=lambda row: sources.index(row["path"]))
+            rejected += [row for part in parts for row in part[1]]
+            return ranks.on_first(lambda: finish(rows, rejected))
 
 
 def resize_of(generator: Generator, size: Size | Literal["source"]) -> Resize | None:

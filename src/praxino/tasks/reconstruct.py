@@ -39,6 +39,7 @@ from praxino.tasks.common import (
     without_nan,
     write_jsonl,
 )
+from praxino.tasks.outputs import RECONSTRUCTIONS, written
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 
 log = logging.getLogger(__name__)
@@ -108,36 +109,32 @@ def reconstruct(
     tiles = make_tiles(model, tile, overlap, tile_frames, offload)
     root, sources, rejected = find_sources(root, images, cache_dir, limit)
     kinds = [kind for kind, wanted in {"origin": save_original, "side_by_side": side_by_side}.items() if wanted]
-    outputs = [
-        {"reconstruction": target / name, **{kind: target / kind / name for kind in kinds}}
-        for name in output_names(sources)
-    ]
-    check_outputs(target, outputs)
-    write_jsonl(target / "reconstructions.jsonl", [])
-
+    outputs = [{"reconstruction": name, **{kind: f"{kind}/{name}" for kind in kinds}} for name in output_names(sources)]
+    planned = check_names([name for names in outputs for name in names.values()])
     rows: list[dict[str, Any]] = []
-    for source, paths in zip(sources, outputs, strict=True):
-        try:
-            with Video(root / source) as video, precision_context(chosen, precision):
-                clip = Clip(video, frames, stride, resize, chunk, tiles)
-                row = clip.through(model, chosen, paths, lossless, quality)
-        except (DecodeFailure, NonFiniteError) as error:
-            rejected.append(pass_over(source, error))
-            continue
-        name = str(paths["reconstruction"].relative_to(target))
-        rows.append({"path": source, "output": name, **row})
-        log.info(
-            "%s: %s frames, PSNR %s dB, SSIM %s",
-            ascii(name)[1:-1],
-            *map(show, (row["frames"], row["psnr"], row["ssim"])),
-        )
-
-    write_jsonl(target / "reconstructions.jsonl", rows)
-    write_jsonl(target / "rejected.jsonl", rejected)
-    if not rows:
-        raise DataError(
-            f"none of {len(sources)} videos under {input} could be reconstructed: see {target / 'rejected.jsonl'}"
-        )
+    read = [root / source for source in sources]
+    with written(target, RECONSTRUCTIONS, planned, ["rejected.jsonl"], read, vae=vae):
+        for source, names in zip(sources, outputs, strict=True):
+            try:
+                with Video(root / source) as video, precision_context(chosen, precision):
+                    clip = Clip(video, frames, stride, resize, chunk, tiles)
+                    paths = {kind: target / name for kind, name in names.items()}
+                    row = clip.through(model, chosen, paths, lossless, quality)
+            except (DecodeFailure, NonFiniteError) as error:
+                rejected.append(pass_over(source, error))
+                continue
+            rows.append({"path": source, "output": names["reconstruction"], "files": [*names.values()], **row})
+            log.info(
+                "%s: %s frames, PSNR %s dB, SSIM %s",
+                ascii(names["reconstruction"])[1:-1],
+                *map(show, (row["frames"], row["psnr"], row["ssim"])),
+            )
+        write_jsonl(target / "rejected.jsonl", rejected)
+        if not rows:
+            raise DataError(
+                f"none of {len(sources)} videos under {input} could be reconstructed: see {target / 'rejected.jsonl'}"
+            )
+        write_jsonl(target / RECONSTRUCTIONS, rows)
     means = {metric: mean_of(rows, metric) for metric in ("psnr", "ssim")}
     show_table(
         f"Reconstructions in {target}",
@@ -175,15 +172,11 @@ def find_sources(
     return root, names, [rejection.to_json() for rejection in usable.rejected]
 
 
-def check_outputs(target: Path, outputs: list[dict[str, Path]]) -> None:
-    """Make sure that no file is written twice, and none over a file that is not of an earlier reconstruction."""
-    paths = [path for kinds in outputs for path in kinds.values()]
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{str(twice[0])!a} would be written for two videos: rename a folder origin or side_by_side")
-    foreign = None if (target / "reconstructions.jsonl").exists() else next((p for p in paths if p.exists()), None)
-    if foreign is not None:
-        raise ConfigError(f"{str(foreign)!a} exists and is not of an earlier run: choose another out")
+def check_names(names: list[str]) -> list[str]:
+    """Return the names of files if no two are the same; raise ConfigError otherwise."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"{twice[0]!a} would be written for two videos: rename a folder origin or side_by_side")
+    return names
 
 
 class Clip:

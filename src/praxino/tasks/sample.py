@@ -36,7 +36,7 @@ from praxino.tasks.common import (
 )
 from praxino.tasks.generation.generate import Rollout, decode, frames_of, seed_of
 from praxino.tasks.generation.opening import Settings, is_denoiser, open_generator
-from praxino.tasks.outputs import begin
+from praxino.tasks.outputs import SAMPLES, written
 from praxino.tasks.ranks import launch
 from praxino.video import Video, Writer, to_uint8
 
@@ -46,7 +46,7 @@ PRIOR_FRAMES, PRIOR_SIZE = 17, 64  # of draws from a VAE, which does not say wha
 OF_A_VAE = ("ckpt", "weights", "batch")  # the settings that draws from a VAE know
 PIECE = 4  # latents of the prior at a time
 SHOWN = 32  # videos on the sheet
-RECORD, BESIDE = "samples.jsonl", ("protocol.json", "sheet.png")
+BESIDE = ("protocol.json", "sheet.png")  # the record
 Draw = Callable[[Sequence[int], list[int]], Iterator[Tensor]]
 
 
@@ -145,7 +145,6 @@ def sample(
         target = ranks.on_first(lambda: make_directory(out))
         paths = [target / f"{number:05d}.mp4" for number in range(n)]
         planned = [name for path in paths for name in files_of(path, save_latents)]
-        ranks.on_first(lambda: begin(target, RECORD, planned, BESIDE, ckpt=ckpt, seed=seed))
         batches = [list(range(k, min(k + batch, n))) for k in range(0, n, batch)]
         pixels = [cells[0] * model.stride[1], cells[1] * model.stride[2]]
 
@@ -164,18 +163,19 @@ def sample(
                     done(len(numbers) * ranks.world)
             return rows
 
-        rows = sorted((row for part in ranks.on_all(work) for row in part), key=lambda row: row["number"])
         protocol |= {"seed": seed, "precision": precision, "versions": versions()}
 
         def finish() -> dict[str, Any]:
             write_atomic(target / "protocol.json", json.dumps(protocol, indent=2) + "\n")
             write_png(target / "sheet.png", contact_sheet([thumbnails(path) for path in paths[:SHOWN]]))
-            write_jsonl(target / RECORD, rows)
+            write_jsonl(target / SAMPLES, rows)
             log.info("%d samples of %d frames in %s", n, count, target)
             seconds = round(time.perf_counter() - started, 3)
             return {"samples": n, "frames": count, "size": pixels, "seconds": seconds, "out": str(target)}
 
-        return ranks.on_first(finish)
+        with written(target, SAMPLES, planned, BESIDE, ranks=ranks, ckpt=ckpt, seed=seed):
+            rows = sorted((row for part in ranks.on_all(work) for row in part), key=lambda row: row["number"])
+            return ranks.on_first(finish)
 
 
 def shape_of(

@@ -24,6 +24,7 @@ from praxino.video.types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 Codec = Literal["h264", "lossless", "vp9", "gif", "png"]
 CONTAINERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".avi"})
+DRAFT = ".praxino-"  # how the name of a video begins while it is written
 ENCODERS = {"h264": "libx264", "lossless": "libx264rgb", "vp9": "libvpx-vp9"}
 BT709, LIMITED = 1, 1  # the same numbers for matrix, primaries and transfer curve
 
@@ -184,7 +185,7 @@ class Writer:
         self.frames = 0
         self._size: tuple[int, int] | None = None
         self._sink: _Sink | None = None
-        self._draft = self.path.with_name(f".praxino-{uuid.uuid4().hex}{suffix if self.codec != 'png' else ''}")
+        self._draft = self.path.with_name(f"{DRAFT}{uuid.uuid4().hex}{suffix if self.codec != 'png' else ''}")
 
     def __enter__(self) -> Self:
         return self

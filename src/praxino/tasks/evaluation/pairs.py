@@ -15,7 +15,7 @@ from praxino.data.scan import Entry
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
 from praxino.tasks.common import stem, write_jsonl
-from praxino.tasks.outputs import check_finished
+from praxino.tasks.outputs import RECONSTRUCTIONS, check_finished
 from praxino.video import VideoInfo, probe
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def read_tree(path: str, cache_dir: str | None) -> Tree:
     usable = find_usable(root, ClipSampler(1), aliases=True, cache_dir=cache_dir)
     entries: list[Entry] = usable.entries
     broken = {rejection.path: f"{rejection.reason}: {rejection.detail}" for rejection in usable.rejected}
-    rows = root / "reconstructions.jsonl"  # of `reconstruct`, which may have written more than one tree
+    rows = root / RECONSTRUCTIONS  # of `reconstruct`, which may have written more than one tree
     if rows.is_file():
         outputs = read_outputs(rows, "output")
         entries = [entry for entry in entries if entry.path in outputs]

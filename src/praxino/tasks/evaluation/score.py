@@ -21,7 +21,7 @@ from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
 from praxino.tasks.common import make_resize, without_nan
 from praxino.tasks.evaluation.pairs import Pair, read_outputs
-from praxino.tasks.outputs import check_finished
+from praxino.tasks.outputs import SAMPLES, check_finished
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
 from praxino.video import DecodeFailure, Video, to_float
@@ -194,7 +194,7 @@ class Reading:
         """Find the videos of a tree that are read; of what `sample` wrote, only what its last run did."""
         check_finished(root)
         usable = find_usable(root, self.clips, aliases=True, cache_dir=self.cache_dir)
-        rows = Path(root).expanduser() / "samples.jsonl"
+        rows = Path(root).expanduser() / SAMPLES
         if rows.is_file():
             listed = read_outputs(rows, "file")
             usable.entries = [entry for entry in usable.entries if entry.path in listed]
