@@ -287,14 +287,15 @@ def test_a_window_beyond_the_training_is_refused(plain: Path, tmp_path: Path) ->
 def test_finished_frames_unlike_those_of_the_training_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_run(tmp_path / "run", drop=None, context=Context(0.5, [2], noise=0.1))
+    run = make_run(tmp_path / "run", drop=None, context=Context(0.5, [2], noise=0.1))  # of clips of 3 latent frames
     settings: dict[str, Any] = {"n": 1, "steps": 1, "frames": 13, "rollout": "sliding"}
     sampled(run, tmp_path / "a", context_noise=0.1, **settings)
     sampled(run, tmp_path / "b", **{**settings, "frames": 9, "overlap": 4, "context_noise": 0.5})  # one window
     assert "was trained with" not in caplog.text
-    sampled(run, tmp_path / "c", overlap=4, context_noise=0.5, **settings)
-    assert "overlap=4: 1 latent frames, the model was trained with 2" in caplog.text
-    assert "context_noise=0.5: the model was trained with 0.1 at most" in caplog.text
+    sampled(run, tmp_path / "c", **{**settings, "frames": 17, "overlap": 4, "context_noise": 0.5})
+    expected = "1 latent frames of a window are given or finished, the model was trained with 2: it is with frames=13"
+    assert expected in caplog.messages
+    assert "context_noise=0.5: the model was trained with 0.1 at most" in caplog.messages
 
 
 def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:

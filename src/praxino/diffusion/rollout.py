@@ -72,6 +72,19 @@ def full(model: Model, noise: FrameNoise, solver: Solver, length: int, given: Te
     yield torch.cat([past, extend(model, noise, solver, past, 0, length)], dim=2)
 
 
+def spans(length: int, done: int, window: int, first: int, block: int) -> Iterator[tuple[int, int, int]]:
+    """Yield of every window its start, the first frame that it makes, and its end.
+
+    Args:
+        done: the given frames.
+        first: the end of the first window; then `block` frames at a time.
+    """
+    while done < length:
+        stop = min(max(first, done + block), length)
+        yield max(0, stop - window), done, stop
+        done = stop
+
+
 @torch.no_grad()
 def advance(
     model: Model,
@@ -85,15 +98,12 @@ def advance(
 ) -> Iterator[Tensor]:
     """Make frames up to `first`, then `block` at a time, given the finished ones that the window has room for."""
     past = prefix(noise, given, length)
-    done = past.shape[2]
-    if done:
+    if past.shape[2]:
         yield past
-    while done < length:
-        stop = min(max(first, done + block), length)
-        start = max(0, stop - window)
+    for start, done, stop in spans(length, past.shape[2], window, first, block):
         past = past[:, :, past.shape[2] - (done - start) :]
         piece = extend(model, noise, solver, past, start, stop)
-        past, done = torch.cat([past, piece], dim=2), stop
+        past = torch.cat([past, piece], dim=2)
         yield piece
 
 
@@ -203,15 +213,11 @@ def cached(
     if solver.context_noise:
         raise ValueError("a cache keeps finished frames as they are: context_noise must be 0.")
     past = prefix(noise, given, length)
-    done = past.shape[2]
-    if done:
+    if past.shape[2]:
         model.remember(past, 0)
         yield past
-    while done < length:
-        stop = min(done + block, length)
-        if window is not None:
-            model.forget(max(0, stop - window))
+    for start, done, stop in spans(length, past.shape[2], window or length, 0, block):
+        model.forget(start)
         piece = extend(model, noise, solver, past[:, :, :0], done, stop)
         model.remember(piece, done)
-        done = stop
         yield piece

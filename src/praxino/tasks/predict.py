@@ -130,10 +130,6 @@ def predict(
         given = latents_of(generator.vae, context, "context")
         length = generator.vae.latent_frames(generator.vae.fitting_frames(frames))
         generator.check(length, given, note=str(frames))
-        if not generator.continues:
-            raise ConfigError(
-                "the model was trained without given frames (model.context.probability=0): it cannot continue"
-            )
         resize = resize_of(generator, size)
         ranks.on_first(lambda: make_directory(target))
         root, sources, rejected = ranks.on_first(lambda: find_sources(root, images, cache_dir, limit))

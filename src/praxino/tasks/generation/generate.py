@@ -59,6 +59,11 @@ class Generator:
         return self.trained.per_frame or self.trained.conditioning["context"]["probability"] > 0
 
     @property
+    def most(self) -> int:
+        """The number of frames of the training."""
+        return frames_of(self.vae, self.trained.shape[1])
+
+    @property
     def conditions(self) -> frozenset[str]:
         """The conditions that are given, beside frames."""
         given = {"label": self.labels, "text": self.text}
@@ -66,29 +71,14 @@ class Generator:
 
     def check(self, length: int, given: int = 0, note: str = "") -> None:
         """Raise ConfigError unless clips of so many latent frames can be drawn, `given` of them known."""
-        trained = frames_of(self.vae, self.trained.shape[1])
+        if given and not self.continues:
+            raise ConfigError(
+                "the model was trained without given frames (model.context.probability=0): it cannot go on"
+            )
         if self.rollout == "full":
-            ways = ["sliding", "autoregressive", *(["pyramid"] if self.trained.per_frame else [])]
-            ways += ["cached"] if self.net.causal else []
-            more = f"; for more use rollout={'|'.join(ways)}" if self.continues else ""
-            if length > self.trained.shape[1]:
-                raise ConfigError(
-                    f"frames={note or frames_of(self.vae, length)}: the model was trained on {trained} at once{more}"
-                )
-        elif self.window > self.trained.shape[1]:
-            raise ConfigError(
-                f"window={frames_of(self.vae, self.window)}: the model was trained on {trained} at once: use no more"
-            )
-        elif not self.continues and length > self.window:
-            raise ConfigError(
-                f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
-                f"it makes no more than frames={trained}"
-            )
-        elif not 1 <= self.overlap < self.window:
-            raise ConfigError(
-                f"a rollout in windows of {self.window} latent frames cannot keep {self.overlap} of them: "
-                "use a larger window, or another overlap"
-            )
+            self.check_length(length, note)
+        else:
+            self.check_window(length)
         if self.rollout == "pyramid" and not self.trained.per_frame:
             raise ConfigError("rollout=pyramid needs a model with a noise level per frame (model.loss.per_frame=true)")
         if self.rollout == "cached":
@@ -97,6 +87,31 @@ class Generator:
         self.check_conditions()
         if self.guidance.scale != 1:
             self.check_guidance(given)
+
+    def check_length(self, length: int, note: str) -> None:
+        """Raise ConfigError for more frames at once than in training."""
+        if length > self.trained.shape[1]:
+            ways = ["sliding", "autoregressive", *(["pyramid"] if self.trained.per_frame else [])]
+            ways += ["cached"] if self.net.causal else []
+            more = f"; for more use rollout={'|'.join(ways)}" if self.continues else ""
+            frames = note or frames_of(self.vae, length)
+            raise ConfigError(f"frames={frames}: the model was trained on {self.most} at once{more}")
+
+    def check_window(self, length: int) -> None:
+        """Raise ConfigError for a window in which the model cannot go on, or that is longer than in training."""
+        if self.window > self.trained.shape[1]:
+            frames = frames_of(self.vae, self.window)
+            raise ConfigError(f"window={frames}: the model was trained on {self.most} at once: use no more")
+        if not self.continues and length > self.window:
+            raise ConfigError(
+                f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
+                f"it makes no more than frames={self.most}"
+            )
+        if not 1 <= self.overlap < self.window:
+            raise ConfigError(
+                f"a rollout in windows of {self.window} latent frames cannot keep {self.overlap} of them: "
+                "use a larger window, or another overlap"
+            )
 
     def check_cache(self, length: int, given: int) -> None:
         """Raise ConfigError unless a cache can hold what is given and made, whole tokens at a time."""
@@ -117,20 +132,33 @@ class Generator:
 
     def check_context(self, length: int, given: int) -> None:
         """Warn of given and finished frames unlike those of the training."""
-        context, rolls = self.trained.conditioning["context"], self.rollout != "full" and length > self.window
-        if not context["probability"]:
-            return  # any frame may be given: each has a noise level of its own
+        context = self.trained.conditioning["context"]
+        if not context["probability"] or self.rollout == "pyramid":
+            return  # any frame may be finished: each has a noise level of its own
         if not given and context["probability"] == 1:
             log.warning("the model always had given frames in training (model.context.probability=1), here it has none")
-        counts = ", ".join(map(str, context["frames"]))
-        if given and given not in context["frames"]:
-            log.warning("%d latent frames are given, the model was trained with %s", given, counts)
-        if rolls and self.overlap not in context["frames"]:
-            frames = self.overlap * self.vae.stride[0]
-            log.warning("overlap=%d: %d latent frames, the model was trained with %s", frames, self.overlap, counts)
-        if (given or rolls) and self.solver.context_noise > context["noise"]:
+        counts = {0, *context["frames"]}
+        if unlike := sorted(self.finished(length, given) - counts):
+            near = (range(length - 1, max(given, length - self.window), -1), range(length + 1, length + self.window))
+            fits = [next((n for n in lengths if self.finished(n, given) <= counts), None) for lengths in near]
+            better = " or ".join(str(frames_of(self.vae, n)) for n in fits if n is not None)
+            log.warning(
+                "%s latent frames of a window are given or finished, the model was trained with %s%s",
+                " or ".join(map(str, unlike)),
+                " or ".join(map(str, context["frames"])),
+                f": it is with frames={better}" if better else "",
+            )
+        if (given or length > self.window) and self.solver.context_noise > context["noise"]:
             noise = self.solver.context_noise
             log.warning("context_noise=%g: the model was trained with %g at most", noise, context["noise"])
+
+    def finished(self, length: int, given: int) -> set[int]:
+        """Return how many frames are given or finished in the windows of a clip."""
+        if self.rollout == "full" or length <= given:
+            return {given}
+        first = self.window if self.rollout == "sliding" else 0
+        windows = rollouts.spans(length, given, self.window, first, self.window - self.overlap)
+        return {done - start for start, done, _ in windows}
 
     def check_conditions(self) -> None:
         """Raise ConfigError for a condition that is left out here and never was in training."""
