@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from praxino.checkpoint import save_vae
 from praxino.config import conf_dir, instantiate, plain, register_resolvers
 from praxino.data.latents import LatentClip, write_manifest
-from praxino.errors import ConfigError
+from praxino.errors import ConfigError, DataError
 from praxino.lit.parallel import recompute_blocks
 from praxino.tasks.params import Kept, latent_shape, run
 
@@ -73,8 +73,24 @@ def test_latents_are_those_of_the_cache_or_of_the_vae(tmp_path: Path) -> None:
     assert figures["forward_flops"] == cached.batch * instantiate(cached.model.net).flops((1, 6, 5, 7, 5))
     vae = instantiate({**plain(composed("model=wfvae").model.net), "base_channels": 8, "latent_dim": 4})
     save_vae(vae, tmp_path / "vae.ckpt")
-    own = composed("experiment=dit_tiny", f"model.vae={tmp_path / 'vae.ckpt'}", "frames=9", "size=[40,64]")
-    assert latent_shape(own) == [4, 3, 5, 8]
+    own = ["experiment=dit_tiny", f"model.vae={tmp_path / 'vae.ckpt'}"]
+    assert latent_shape(composed(*own, "frames=9", "size=[40,64]")) == [4, 3, 5, 8]
+    for words, message in (
+        (own, r"the VAE has 4 latent channels, model.net takes 32: use model.net.channels=4"),
+        (["experiment=dit_tiny", f"data.root={tmp_path}"], "use model.net.channels=6"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(composed(*words, "model.net.channels=32"))
+    for word, message in (("frames=16", r"use 1 \+ 4k"), ("size=33", "use multiples of 8")):
+        with pytest.raises(ConfigError, match=message):
+            run(composed(*own, word))
+    with pytest.raises(DataError, match=r"none of 1 clips in .* has 10 latents: use fewer frames"):
+        run(composed("experiment=dit_tiny", f"data.root={tmp_path}", "frames=37"))
+
+
+def test_the_channels_of_a_network_without_cache_and_vae_are_its_own() -> None:
+    words = ["experiment=dit_tiny", "batch=2", "frames=9", "size=32"]
+    assert run(composed(*words, "model.net.channels=32")) == run(composed(*words, "latent.channels=32"))
 
 
 @pytest.mark.parametrize("experiment", ["dit_b", "dit_seed000", "unet_pixels"])
@@ -146,3 +162,17 @@ def test_wrong_settings() -> None:
         run(composed("experiment=wfvae_tiny", "frames=16"))
     with pytest.raises(ConfigError, match="batch: 0"):
         run(composed("experiment=wfvae_tiny", "batch=0"))
+    for word, message in (
+        ("latent.stride=[4,8]", r"latent\.stride: \[4, 8\]: .* at least 3 items"),
+        ("latent.stride=[4,8,0]", r"latent\.stride: .* greater than 0"),
+        ("latent.channels=abc", r"^latent\.channels: 'abc': .* valid integer"),
+        ("size=[64]", r"size \[64\]: use a positive number, \[height, width\]"),
+        ("model.net.channels=abc", r"^model\.net\.channels: 'abc': "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(composed("experiment=dit_tiny", word))
+    with pytest.raises(ConfigError, match=r"use model\.net\.channels=3"):
+        run(composed("experiment=unet_pixels", "model.net.channels=4"))
+    for gone in ("data.root=/nowhere", "model.vae=/nowhere"):  # is not what is wrong first
+        with pytest.raises(ConfigError, match="did you mean width"):
+            run(composed("experiment=dit_tiny", gone, "+model.net.widht=8"))

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,31 +21,51 @@ from torch.utils.flop_counter import FlopCounterMode
 from praxino import checkpoint
 from praxino.config import instantiate, plain, report, target_errors, type_error
 from praxino.data.latents import read_manifest
+from praxino.errors import ConfigError, DataError
 from praxino.lit.base import StepModule
 from praxino.lit.dit import DiTModule
 from praxino.lit.parallel import recompute_blocks
 from praxino.models.vae import check_clip
 from praxino.tasks.attach import is_latents
-from praxino.tasks.common import make_directory, show_table, write_atomic
+from praxino.tasks.common import make_directory, make_resize, show_table, write_atomic
 
 log = logging.getLogger(__name__)
 
 WORDS = 128  # tokens of a text
-SETTINGS = {"report": str | None, "frames": PositiveInt, "size": int | list[int], "batch": PositiveInt}
+SETTINGS = {
+    "report": str | None,
+    "frames": PositiveInt,
+    "size": int | list[int],
+    "batch": PositiveInt,
+    "latent.channels": PositiveInt,
+    "latent.stride": Annotated[list[PositiveInt], Field(min_length=3, max_length=3)],
+}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Describe the training of a configuration, that of train.py.
 
     Beside its keys: `report`, a JSON file to be written, and `latent.channels` and `latent.stride` of a denoiser's VAE
-    where neither `data.root`, a cache, nor `model.vae` says it.
+    where neither `data.root`, a cache, nor `model.vae` says it; `model.net.channels` counts before `latent.channels`.
     """
-    report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, plain(cfg[key])))])
+    values = {key: plain(OmegaConf.select(cfg, key)) for key in SETTINGS}
+    report([f"{key}: {why}" for key, hint in SETTINGS.items() if (why := type_error(hint, values[key]))])
+    make_resize(values["size"])
+    net: Any = cfg.model.get("net") or {}
+    given = net.get("channels")
+    if given is not None:
+        cfg.latent.channels = given
+    elif "channels" in net:
+        net.channels = cfg.latent.channels  # until cache or VAE say otherwise
+    report([*target_errors(cfg.model, "model"), *(target_errors(cfg.data, "data") if cfg.data.get("root") else ())])
     latents = latent_shape(cfg)
-    if (net := cfg.model.get("net")) is not None and "channels" in net and net.channels is None:
+    if given not in (None, latents[0]):
+        raise ConfigError(
+            f"the VAE has {latents[0]} latent channels, model.net takes {given}: use model.net.channels={latents[0]}"
+        )
+    if "channels" in net:
         net.channels = latents[0]
     without_weights(cfg.model)
-    report(list(target_errors(cfg.model, "model")))
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and types alone
         result = describe(cfg, latents)
     show(result)
@@ -61,16 +81,22 @@ def latent_shape(cfg: DictConfig) -> list[int]:
     if is_latents(cfg) and cfg.data.root is not None:
         manifest = read_manifest(cfg.data.root)
         channels, length, *cells = manifest.clips[0].shape
-        return [channels, manifest.latents(cfg.data.frames) if cfg.data.frames else length, *cells]
-    vae = cfg.model.get("vae")
-    if vae is not None:
-        vae = instantiate(vae) if isinstance(vae, DictConfig) else checkpoint.load(vae)
-    stride = plain(cfg.latent.stride) if vae is None else vae.stride
-    size = plain(cfg.size)
+        if cfg.data.frames:
+            length = manifest.latents(cfg.data.frames)
+            if cfg.data.short != "pad" and length > max(clip.shape[1] for clip in manifest.clips):
+                count = len(manifest.clips)
+                raise DataError(f"none of {count} clips in {manifest.root} has {length} latents: use fewer frames")
+        return [channels, length, *cells]
+    size, vae = plain(cfg.size), cfg.model.get("vae")
     height, width = [size, size] if isinstance(size, int) else size
-    length = math.ceil((cfg.frames - 1) / stride[0]) + 1 if vae is None else vae.latent_frames(cfg.frames)
-    channels = cfg.latent.channels if vae is None else vae.latent_channels
-    return [channels, length, math.ceil(height / stride[1]), math.ceil(width / stride[2])]
+    if vae is None:
+        time, rows, columns = cfg.latent.stride
+        length = math.ceil((cfg.frames - 1) / time) + 1
+        return [cfg.latent.channels, length, math.ceil(height / rows), math.ceil(width / columns)]
+    vae = instantiate(vae) if isinstance(vae, DictConfig) else checkpoint.load(vae)
+    check_clip(vae, cfg.frames, size)
+    _, rows, columns = vae.stride
+    return [vae.latent_channels, vae.latent_frames(cfg.frames), height // rows, width // columns]
 
 
 def without_weights(model: DictConfig) -> None:
