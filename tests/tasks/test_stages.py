@@ -25,7 +25,7 @@ out.mkdir(parents=True, exist_ok=True)
 with open(out.parent / "calls", "a") as calls:
     calls.write(out.name + (" again" if "ckpt" in given else "") + "\\n")
 (out / "half").touch()
-if given["do"] == "fail":
+if given["do"] == "fail" or (given["do"] == "begin" and "ckpt" not in given):
     sys.exit(6)
 if given["do"] == "wait" and "ckpt" not in given:
     time.sleep(60)
@@ -92,6 +92,54 @@ def test_files_of_others_that_have_changed_are_told_of(tmp_path: Path, caplog: p
     assert messages == [f"{videos} has changed since: to run the stage anew, remove {out / 'stages' / 'a.json'}"]
     (out / "stages" / "a.json").unlink()
     assert not any(stamp["skipped"] for stamp in run_stages(stages, out))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings since the last call."""
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return found
+
+
+def test_only_videos_count_among_the_files_of_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those in folders that are links, too, and a root without any is missing."""
+    videos, linked, out = tmp_path / "videos", tmp_path / "linked", tmp_path / "out"
+    for folder in (videos, linked):
+        folder.mkdir()
+        (folder / "a.mp4").touch()
+    (videos / "link").symlink_to(linked)
+    stages = [Stage("a", "x", {"do": "work"}, reads=(str(videos),))]
+    list(run_stages(stages, out))
+    (videos / "README").touch()
+    (videos / ".DS_Store").touch()
+    assert [stamp["skipped"] for stamp in run_stages(stages, out)] == [True]
+    assert told(caplog) == []
+    (linked / "b.mp4").touch()
+    list(run_stages(stages, out))
+    assert "has changed since" in told(caplog)[0]
+    videos.rename(tmp_path / "gone")
+    for _ in range(2):  # it need not be gone: an empty place to mount it is left
+        assert [stamp["skipped"] for stamp in run_stages(stages, out)] == [True]
+        assert told(caplog) == [f"{videos} is missing, or holds no videos"]
+        videos.mkdir(exist_ok=True)
+
+
+def test_a_stage_that_goes_on_with_other_videos_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And its stamp tells of those that it began with."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").touch()
+
+    stages = [Stage("b", "x", {"do": "begin"}, reads=(str(videos),), resume=lambda folder: ["ckpt=last"])]
+    with pytest.raises(PraxinoError):
+        list(run_stages(stages, out))
+    (videos / "a.mp4").write_bytes(b"another")
+    for skipped, remedy in ((False, "the stage goes on with it"), (True, "to run the stage anew")):
+        assert told(caplog) == []
+        (stamp,) = run_stages(stages, out)
+        assert (stamp["skipped"], stamp["resumed"]) == (skipped, True)
+        (warning,) = told(caplog)
+        assert warning.startswith(f"{videos} has changed since: {remedy}")
 
 
 def test_a_failure_stops_the_chain_and_is_mended_by_the_same_command(tmp_path: Path) -> None:

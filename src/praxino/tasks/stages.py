@@ -2,15 +2,14 @@
 
 `OUT/stages/NAME.json` is the stamp of a stage, written when it has ended: a digest of its settings and of the stamps of
 the stages before it that it builds on. While a stage runs, `NAME.begun` holds that digest: a stage that was killed goes
-on where its command can, and begins anew where the settings have changed since. Files of others that have changed since
-are told of, and nothing is thrown away for them.
+on where its command can, and begins anew where the settings have changed since. Videos of others that have changed
+since it began are told of, and nothing is thrown away for them.
 """
 
 import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from praxino.data.scan import _walk
 from praxino.errors import BusyError, ConfigError, PraxinoError
 from praxino.tasks.common import write_atomic
 
@@ -47,7 +47,7 @@ class Stage:
         command: NAME of the console script `praxino-NAME`.
         settings: of the command, nested as in its configuration; `out` is the folder of the stage.
         inputs: stages before it whose results it reads.
-        reads: folders of others that it reads.
+        reads: folders of others whose videos it reads.
         resume: returns the settings with which a killed command goes on in its folder, None where it cannot.
     """
 
@@ -72,37 +72,41 @@ def run_stages(stages: Sequence[Stage], out: Path) -> Iterator[dict[str, Any]]:
     """
     with claimed(out) as lock:
         digests: dict[str, str] = {}
-        states = {folder: state_of(Path(folder)) for folder in {name for stage in stages for name in stage.reads}}
+        states = {folder: state_of(folder) for folder in {name for stage in stages for name in stage.reads}}
         for number, stage in enumerate(stages, 1):
             digest = digest_of(stage, out, digests)
             stamp = read_stamp(out, stage.name)
+            reads = {name: states[name] for name in stage.reads}
             title = f"stage {number} of {len(stages)}: {stage.name}"
             if stamp and stamp["digest"] == digest and (out / stage.name).is_dir():
                 log.info("== %s: finished before, %.0f s", title, stamp["seconds"])
-                if changed := [name for name in stage.reads if stamp.get("reads", states).get(name) != states[name]]:
-                    record = out / "stages" / f"{stage.name}.json"
-                    log.warning("%s has changed since: to run the stage anew, remove %s", changed[0], record)
+                record = out / "stages" / f"{stage.name}.json"
+                tell_changes(stamp.get("reads", {}), reads, f"to run the stage anew, remove {record}")
                 stamp |= {"skipped": True}
             else:
-                reads = {name: states[name] for name in stage.reads}
                 stamp = {**run_stage(stage, out, digest, reads, title, lock), "skipped": False}
             digests[stage.name] = stamp["id"]
             yield stamp
 
 
 def run_stage(
-    stage: Stage, out: Path, digest: str, reads: dict[str, str], title: str, lock: int | None
+    stage: Stage, out: Path, digest: str, reads: dict[str, str | None], title: str, lock: int | None
 ) -> dict[str, Any]:
     """Run one command, from where it was left or from its start, and write its stamp."""
     folder, records = out / stage.name, out / "stages"
     begun, extra = records / f"{stage.name}.begun", None
     (records / f"{stage.name}.json").unlink(missing_ok=True)
     if folder.exists():
-        extra = stage.resume(folder) if begun.is_file() and begun.read_text() == digest else None
+        known, _, states = begun.read_text().partition("\n") if begun.is_file() else ("", "", "")
+        extra = stage.resume(folder) if known == digest else None
         if extra is None:
             check_own(begun, folder)
             shutil.rmtree(folder)
-    write_atomic(begun, digest)
+        else:
+            before = json.loads(states or "{}")
+            tell_changes(before, reads, f"the stage goes on with it; to run the stage from its start, remove {folder}")
+            reads = reads | before
+    write_atomic(begun, f"{digest}\n{json.dumps(reads)}")
     words = stage.words(out) + (extra or [])
     goes_on = " (goes on)" if extra is not None else ""
     log.info("== %s%s\n$ %s", title, goes_on, shlex.join([f"praxino-{stage.command}", *words]))
@@ -147,13 +151,23 @@ def digest_of(stage: Stage, out: Path, before: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def state_of(folder: Path) -> str:
-    """Return what the files of a folder are known again by: their names, sizes and times of change."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        digest.update(os.fsencode(f"{path.relative_to(folder)}:{status.st_size}:{status.st_mtime_ns}\n"))
-    return digest.hexdigest()
+def state_of(folder: str) -> str | None:
+    """Return what the videos in a folder are known again by: paths, sizes, times of change; None where there are none.
+
+    All is listed that any command could take for a video.
+    """
+    files = _walk(folder, images=True, follow_links=True, aliases=True).files
+    listing = ascii([(path, stamp) for _, path, stamp, *_ in files])
+    return hashlib.sha256(listing.encode()).hexdigest() if files else None
+
+
+def tell_changes(before: dict[str, str | None], now: dict[str, str | None], remedy: str) -> None:
+    """Warn of folders that are not as they were; of one whose state was not recorded nothing is known."""
+    for name, state in now.items():
+        if state is None:
+            log.warning("%s is missing, or holds no videos", name)
+        elif before.get(name, state) != state:
+            log.warning("%s has changed since: %s", name, remedy)
 
 
 def read_stamp(out: Path, name: str) -> dict[str, Any] | None:
