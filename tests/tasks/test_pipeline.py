@@ -46,6 +46,15 @@ def test_every_stage_is_a_command_that_composes(experiment: str, tmp_path: Path)
     assert stages["dit"].inputs == ("encode",)
 
 
+def test_every_stage_is_told_of_the_videos_that_it_reads(tmp_path: Path) -> None:
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    both = planned(tmp_path / "out", "experiment=demo_own", f"data.root={train}", f"data.val_root={val}")
+    one = planned(tmp_path / "out", "experiment=demo_own", f"data.root={train}")
+    reads = {"vae": (train, val), "reconstruct": (val,), "encode": (train,), "dit": (), "sample": ()}
+    assert {name: stage.reads for name, stage in both.items()} == {**reads, "predict": (val,), "evaluate": (val,)}
+    assert {stage.reads for stage in one.values()} == {(train,), ()}
+
+
 def test_settings_of_the_user_win_over_frames_and_size_and_wiring_over_both(tmp_path: Path) -> None:
     stages = planned(tmp_path, "experiment=demo", "+encode.frames=null", "+vae.data.workers=3", "+sample.ckpt=other")
     assert "frames=null" in stages["encode"].words(tmp_path)

@@ -82,8 +82,8 @@ def plan(
 
     def stage(name: str, command: str, inputs: Sequence[str], resume: Any = begin_anew, **wiring: Any) -> Stage:
         own = {**clip, **settings[name]} if name != "sample" else settings[name]
-        reads = theirs if name not in ("dit", "sample") else ()
-        return Stage(name, command, merge(own, wiring), tuple(inputs), reads, resume)
+        read = {*wiring.get("data", {}).values(), wiring.get("input"), wiring.get("real")}
+        return Stage(name, command, merge(own, wiring), tuple(inputs), tuple(r for r in theirs if r in read), resume)
 
     vae, dit = f"{out}/vae", f"{out}/dit"
     stages = [
