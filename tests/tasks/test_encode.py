@@ -19,7 +19,7 @@ import praxino
 from praxino import checkpoint, cli, video
 from praxino.config import check_call, conf_dir, register_resolvers
 from praxino.data.synthetic import draw
-from praxino.errors import ConfigError, DataError
+from praxino.errors import ConfigError, DataError, PraxinoError
 from praxino.models.vae import VideoVAE, describe
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.encode import encode, run
@@ -262,6 +262,29 @@ def test_latents_that_are_not_finite_are_left_out(
     assert (result["videos"], result["rejected"], good["videos"]) == (3, 1, 3)
     for name in ("mean", "std", "kl"):
         np.testing.assert_allclose(result[name], good[name], rtol=1e-6, atol=1e-9)
+
+
+def test_a_vae_without_finite_latents_ends_an_encoding_early(
+    saved: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves nothing that another attempt would have to go on with; the reason is in the error."""
+    tried: list[int] = []
+
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        tried.append(len(x))
+        return video.to_float(x) * torch.nan
+
+    place = "praxino.tasks.encoding.parts.to_float"
+    for lost, count in ((99, 4), (2, 2)):
+        tried.clear()
+        monkeypatch.setattr(place, spoiled)
+        monkeypatch.setattr("praxino.tasks.encode.LOST", lost)
+        with pytest.raises(PraxinoError, match=r"could be encoded: .* not finite: use precision=32, or another VAE"):
+            measured(saved, videos, tmp_path / "out", shard=1)
+        assert len(tried) == count
+        assert not (tmp_path / "out" / ".work").exists()
+    monkeypatch.setattr(place, video.to_float)
+    assert measured(saved, videos, tmp_path / "out", precision="bf16")["videos"] == 4
 
 
 @pytest.mark.slow

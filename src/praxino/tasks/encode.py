@@ -50,6 +50,7 @@ from praxino.video import DecodeFailure, Video
 
 log = logging.getLogger(__name__)
 
+LOST = 16  # videos: where none of the first so many has finite latents, no other is tried
 LATENT = "posterior mean and log-variance, bf16; statistics: of samples, in closed form"
 
 
@@ -137,7 +138,13 @@ def encode(
         todo = ranks.on_first(lambda: begin(work, identity, known, len(parts), verify))
         source = Source(root, entries, numbers, clips if frames else None, stride, resize, batch, workers, chunk)
         with precision_context(ranks.device, precision):
-            ranks.on_all(lambda: encode_parts(model, source, work, parts, todo[ranks.rank :: ranks.world], ranks))
+            try:
+                ranks.on_all(lambda: encode_parts(model, source, work, parts, todo[ranks.rank :: ranks.world], ranks))
+            except NonFiniteError:
+                done = [work.load(number) for number in range(len(parts))]
+                if not any(part and part["clips"] for part in done):
+                    work.remove()
+                raise
 
         def finish() -> dict[str, Any]:
             """Put the parts together: the copy of the VAE, the statistics, and last the manifest."""
@@ -148,7 +155,8 @@ def encode(
             write_jsonl(target / "rejected.jsonl", rejected)
             if not whole.clips:
                 work.remove()
-                raise DataError(f"no video could be encoded: see {target / 'rejected.jsonl'}")
+                path, why = (whole.rejected[0][key] for key in ("path", "detail"))
+                raise DataError(f"no video could be encoded: {path!a}: {why}; see {target / 'rejected.jsonl'}")
             statistics = whole.figures() | {"rejected": len(rejected)}
             model.set_statistics(statistics["mean"], statistics["std"])
             if place is not None:
@@ -228,7 +236,8 @@ class Source:
 def encode_parts(
     model: VideoVAE, source: Source, work: Workplace, parts: list[range], mine: list[int], ranks: Ranks
 ) -> None:
-    """Encode the parts of this process, one after the other."""
+    """Encode the parts of this process, one after the other; raises NonFiniteError where none of the first can be."""
+    encoded, lost = 0, list[str]()
     batches = {number: [list(places) for places in batched(parts[number], source.batch)] for number in mine}
     loader = source.load([places for number in mine for places in batches[number]]) if source.clips and mine else None
     total = sum(len(parts[number]) for number in mine)
@@ -246,6 +255,10 @@ def encode_parts(
                         encode_clips(part, source, clips)
                         count(len(clips.get("path", ())) + clips["missing"])
                 work.store(number, part)
+                encoded += len(part.clips)
+                lost += [row["detail"] for row in part.rejected if row["reason"] == "not_finite"]
+                if not encoded and len(lost) >= LOST:
+                    raise NonFiniteError(f"none of {len(lost)} videos could be encoded: {lost[0]}")
 
 
 def encode_clips(part: Part, source: Source, clips: dict[str, Any]) -> None:
