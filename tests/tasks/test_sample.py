@@ -147,9 +147,32 @@ def test_labels_go_round(classes: Path, tmp_path: Path) -> None:
 def test_a_number_that_is_the_name_of_a_class_means_that_class() -> None:
     net: Any = SimpleNamespace(classes=3)
     trained: Any = SimpleNamespace(classes=["2", "10", "0"])
-    assert labels_of(net, trained, [10, "0", 2, 1]) == (1, 2, 0, 1)
-    with pytest.raises(ConfigError, match=r"label=7 is no class.*a name: 2, 10, 0"):
-        labels_of(net, trained, 7)
+    assert labels_of(net, trained, [10, "0", 2]) == (1, 2, 0)
+    with pytest.raises(ConfigError, match=r"label=1 is no class of the model: use a name: 2, 10, 0$"):
+        labels_of(net, trained, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown", "names"),
+    [
+        ("label=true", "true", ["cat", "true", "1.0"]),
+        ("label=1e0", "1.0", ["cat", "true", "1.0"]),
+        ("label=[cat,true]", "true", ["cat", "true", "1.0"]),
+        ("label=1_0", "10", ["cat", "1_0", *"abcdefghijkl"]),
+    ],
+)
+def test_a_label_that_reads_as_another_value_is_refused(word: str, shown: str, names: list[str]) -> None:
+    """And not taken for the number of a class; in quotes it is a name."""
+    net: Any = SimpleNamespace(classes=len(names))
+    trained: Any = SimpleNamespace(classes=names)
+
+    def typed(word: str) -> Any:
+        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            return check_call(sample, compose("sample", overrides=["ckpt=a", "out=b", word]))["label"]
+
+    with pytest.raises(ConfigError, match=rf"^label={shown} is no class of the model: .*a name: cat, {names[1]}"):
+        labels_of(net, trained, typed(word))
+    assert labels_of(net, trained, typed(f'label=["{names[1]}",cat]')) == (1, 0)
 
 
 def test_draws_from_the_prior_of_a_vae(plain: Path, tmp_path: Path) -> None:

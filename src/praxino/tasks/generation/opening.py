@@ -1,5 +1,6 @@
 """Open a denoiser with the settings by which it draws, and check these against what it was trained for."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -106,19 +107,25 @@ def overlap_of(trained: Trained, vae: VideoVAE, window: int, overlap: int | None
 
 
 def labels_of(net: Denoiser, trained: Trained, label: int | str | Sequence[int | str] | None) -> tuple[int, ...] | None:
-    """Return classes by name, or by number where no name reads so, as numbers."""
+    """Return classes by name, or by number where no name is one, as numbers."""
     if label is None:
         return None
     if net.classes is None:
         raise ConfigError(f"label={label}: the model takes no label: leave it out")
     names, found = trained.classes or [], []
-    for item in [label] if isinstance(label, int | str) else label:
-        if str(item) in names:
-            item = names.index(str(item))
-        if not isinstance(item, int) or not 0 <= item < net.classes:
-            known = f" or a name: {', '.join(names[:20])}" if names else ""
-            raise ConfigError(f"label={item} is no class of the model: use 0 to {net.classes - 1}{known}")
-        found.append(item)
+    numbers = range(0 if any(name.replace("_", "").isdecimal() for name in names) else net.classes)
+    for item in label if isinstance(label, list | tuple) else [label]:
+        meant = type(item) in (int, str)  # a name without quotes may be a truth value or a fraction
+        if meant and str(item) in names:
+            found.append(names.index(str(item)))
+        elif meant and isinstance(item, int) and item in numbers:
+            found.append(item)
+        else:
+            word = item if meant else json.dumps(item)
+            known = [f"0 to {net.classes - 1}"] if numbers else []
+            known += [f"a name: {', '.join(names[:20])}"] if names else []
+            quotes = "" if meant or not names else f"; a name that reads as another value in quotes: label='\"{word}\"'"
+            raise ConfigError(f"label={word} is no class of the model: use {' or '.join(known)}{quotes}")
     if not found:
         raise ConfigError("label=[]: give at least one class")
     return tuple(found)
