@@ -113,7 +113,7 @@ def scan(
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise ConfigError(f"{root!a} {'is not a directory' if os.path.exists(root) else 'does not exist'}")
-    tree = _walk(root, images, follow_links, aliases)
+    tree = walk(root, images, follow_links, aliases)
     folder = _open_cache(Path(cache_dir).expanduser() if cache_dir is not None else default_index_dir().parent)
     cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl" if folder else None
     known = _load(cache) if cache else {}
@@ -151,7 +151,7 @@ def fingerprint(entries: Sequence[Listed]) -> str:
     return digest.hexdigest()
 
 
-def _walk(root: str, images: bool, follow_links: bool, aliases: bool) -> _Tree:
+def walk(root: str, images: bool, follow_links: bool, aliases: bool) -> _Tree:
     """Collect what could be a video, in the order of the bytes of the paths, without opening any file."""
     tree = _Tree(root, folders=[""])
     visited = set()

@@ -95,7 +95,7 @@ def sample(
         ckpt: a run of a denoiser or a checkpoint of it; or whatever `praxino.load` reads: then N(0, 1) goes through the
             latent statistics and the decoder, and conditions, guidance, sampler and rollout have no meaning.
         vae: where the VAE of the denoiser lies now, if the checkpoint does not find it.
-        label: a class by name or number, the name first where the names are numbers; a list goes round.
+        label: a class by name, or by number unless names are numbers; a list goes round.
         text: a file of praxino-embed-text.
         guidance: 1 leaves it out, above 1 stresses the condition, 0 ignores it; guidance_interval and guidance_rescale
             as in `praxino.diffusion.guide`.

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from praxino.data.scan import _walk
+from praxino.data.scan import walk
 from praxino.errors import BusyError, ConfigError, PraxinoError
 from praxino.tasks.common import write_atomic
 
@@ -156,7 +156,7 @@ def state_of(folder: str) -> str | None:
 
     All is listed that any command could take for a video.
     """
-    files = _walk(folder, images=True, follow_links=True, aliases=True).files
+    files = walk(folder, images=True, follow_links=True, aliases=True).files
     listing = ascii([(path, stamp) for _, path, stamp, *_ in files])
     return hashlib.sha256(listing.encode()).hexdigest() if files else None
 
