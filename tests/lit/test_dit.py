@@ -176,7 +176,38 @@ def test_a_run_that_goes_on_knows_the_best(tmp_path):
     assert best_of(kept / "superseded")[0] == 6
 
 
-@pytest.mark.parametrize("content", ["", "null", "[1]", '{"step": "a", "val/loss": 0}'])
+@pytest.mark.parametrize(("step", "known"), [(9, 0.1), (3, 1.0)])
+def test_a_kill_between_the_best_and_its_note_loses_neither(tmp_path, step, known):
+    """The note that was to come counts if the checkpoint that was to come has come."""
+    torch.save({"praxino": {"step": step}}, tmp_path / "best.ckpt")
+    (tmp_path / "best.json").write_text('{"step": 3, "val/loss": 1.0}')
+    (tmp_path / "best.json.due").write_text('{"step": 9, "val/loss": 0.1}')
+    keeper = Checkpoint(str(tmp_path), monitor="val/loss")
+    keeper._claim()
+    assert keeper._note() == {"step": step, "val/loss": known}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "best.ckpt", "best.json"]
+
+
+def test_a_disk_that_is_full_does_not_mislead_the_search_for_the_best(tmp_path, monkeypatch, caplog):
+    """A best that could not be kept is not remembered, and training goes on."""
+    keeper = Checkpoint(str(tmp_path / "kept"), every=None, monitor="val/loss")
+    failing = [True, False, False]
+
+    def write(path, text):
+        if failing.pop(0):
+            raise OSError(28, "No space left on device", str(path))
+        path.write_text(text)
+
+    monkeypatch.setattr("praxino.callbacks.checkpoint.write_text", write)
+    train(tmp_path, 9, make_dit(), LatentBatches(), callbacks=(keeper,), **VALIDATE)
+    scores = validated(tmp_path)
+    assert scores[3] > scores[6] > scores[9]
+    assert "best.ckpt NOT KEPT" in caplog.text
+    assert failing == []
+    assert best_of(tmp_path / "kept") == (9, {"step": 9, "val/loss": scores[9]})
+
+
+@pytest.mark.parametrize("content", ["", "null", "[1]", '{"step": "a", "val/loss": 0}', '{"step": 1, "val/loss": NaN}'])
 def test_a_note_that_says_nothing_is_no_best(tmp_path, content):
     for file in ("best.ckpt", "best.json"):
         (tmp_path / file).write_text(content)
@@ -277,3 +308,13 @@ def test_a_checkpoint_of_other_classes_is_refused():
     module.classes, other.classes = ["1", "10", "2"], ["1", "2", "10"]
     with pytest.raises(CheckpointError, match="class 1 is '2' in the latents and was '10' to the ch"):
         other.on_load_checkpoint({"praxino": module.describe()})
+
+
+def test_a_batch_costs_what_it_is_and_the_longest_is_described():
+    module = make_dit()
+    module.manual_backward = lambda loss: None
+    for frames, size, validates in ((9, 4, False), (3, 4, False), (3, 8, False), (17, 8, True)):
+        batch = {"latent": torch.randn(2, 3, frames, size, size), "label": torch.zeros(2).long(), "index": [0, 1]}
+        module.read(batch, sample=False) if validates else module.learn(batch, ("",), 1.0)
+        assert module.cost(batch)["tokens"] == 2 * frames * (size // 2) ** 2
+    assert module.describe()["shape"] == [3, 9, 8, 8]

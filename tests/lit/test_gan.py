@@ -232,6 +232,12 @@ def test_an_option_that_needs_a_state_is_refused_on_resume(tmp_path, optimizer, 
         train(tmp_path, steps=2, module=other, resume=tmp_path / "checkpoints" / "step-00000001.ckpt")
 
 
+def test_a_momentum_whose_state_is_made_when_it_is_needed_may_begin_on_resume(tmp_path):
+    train(tmp_path, steps=1, module=make_module(optimizer=partial(torch.optim.SGD, lr=1e-3)))
+    other = make_module(optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9))
+    train(tmp_path, steps=2, module=other, resume=tmp_path / "checkpoints" / "step-00000001.ckpt")
+
+
 def test_pairs_that_come_back_as_lists_are_no_change():
     fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, 0.99)).state_dict()["param_groups"]
     stored = [{**group, "betas": list(group["betas"])} for group in fresh]

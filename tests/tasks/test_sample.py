@@ -333,6 +333,10 @@ def test_rollouts_that_the_model_cannot_do(plain: Path, tmp_path: Path) -> None:
         sampled(plain, tmp_path, rollout="sliding", overlap=12)
     with pytest.raises(ConfigError, match=r"size=20 .*multiples of 8"):
         sampled(plain, tmp_path, size=20)
+    alone = make_run(tmp_path / "alone", drop=None, context=Context(0.0, [1]))
+    for rollout, frames in (("sliding", 13), ("autoregressive", 9)):  # the second goes on within its first window
+        with pytest.raises(ConfigError, match=r"without given frames .* no more than frames=9, with rollout=full$"):
+            sampled(alone, tmp_path / "out", frames=frames, rollout=rollout)
 
 
 def test_a_cache_of_tokens_of_several_frames(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -15,13 +15,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, clean, link, move, remove, write_text
+from praxino.callbacks.durable import PATTERN, TEMPORARY, DurableIO, clean, link, move, remove, step_of, write_text
 from praxino.errors import BusyError, ConfigError, NonFiniteError, PraxinoError, StorageError
 from praxino.lit.optim import local
 
 log = logging.getLogger(__name__)
 
-NOTE = "best.json"  # the step and the value of best.ckpt
+NOTE, DUE = "best.json", "best.json.due"  # the step and the value of best.ckpt, and of the one that is being written
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
@@ -68,23 +68,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
         trainer.strategy.checkpoint_io = self._io
         if stage not in ("fit", "validate"):
             return
-        error: PraxinoError | None = None
-        if trainer.is_global_zero:
-            try:
-                self._lock = lock(self.directory)
-            except PraxinoError as reason:
-                error = reason
-            else:
-                clean(self.directory)
-        error = trainer.strategy.broadcast(error)
-        if error is not None:
-            raise error
+        self._on_first(trainer, self._claim)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin to count from the resumed step."""
         self._saved, self._time = pl_module.step, time.monotonic()
-        if trainer.is_global_zero:
-            self._supersede(pl_module.step)
+        self._on_first(trainer, lambda: self._supersede(pl_module.step))
         # Lightning ends the epoch of a checkpoint taken at its last batch, but forgets to count the next one as begun:
         # a second resume would take another epoch.
         epochs: Any = trainer.fit_loop.epoch_progress
@@ -119,26 +108,21 @@ class Checkpoint(pl.callbacks.Checkpoint):
         value, step = pl_module.latest[self.monitor], pl_module.step
         saved, best = self._path(step), self.directory / "best.ckpt"
         better, exists = trainer.strategy.broadcast((self._is_better(value), saved.exists()))
-        if not better:
+        if not better or not (exists or trainer.state.fn == "fit"):  # the last weights of all may not have been saved
             return
-        if exists:
-            done = self._link(trainer, saved, best)
-        elif trainer.state.fn != "fit":  # the weights were not saved
-            return
-        elif pl_module.boundary:
-            done = self._write(trainer, pl_module, best)
-        else:
+        if not (exists or pl_module.boundary):
             log.warning(
                 "step %d is the best so far and not kept, for it was validated between the batches of a step: "
                 "make trainer.val_check_interval a multiple of model.accumulate",
                 step,
             )
             return
-        if done and trainer.is_global_zero:
-            try:
-                write_text(self.directory / NOTE, json.dumps({"step": step, self.monitor: value}) + "\n")
-            except OSError as error:
-                log.error("%s NOT WRITTEN: %s", self.directory / NOTE, error)
+        # the note comes first, under another name: by it `_claim` knows what best.ckpt is after a kill
+        due, note = self.directory / DUE, json.dumps({"step": step, self.monitor: value}) + "\n"
+        if not self._try(trainer, lambda: write_text(due, note)):
+            return
+        if self._try(trainer, lambda: link(saved, best)) if exists else self._write(trainer, pl_module, best):
+            self._try(trainer, lambda: os.replace(due, self.directory / NOTE))
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Give the directory free."""
@@ -185,16 +169,38 @@ class Checkpoint(pl.callbacks.Checkpoint):
             raise StorageError(f"checkpoints cannot be written to {self.directory}: {failure}")
         return False
 
-    def _link(self, trainer: pl.Trainer, source: Path, target: Path) -> bool:
-        """Let a checkpoint be the best one; return whether that worked."""
-        done = True
+    def _on_first(self, trainer: pl.Trainer, function: Callable[[], Any]) -> None:
+        """Call a function on the first rank; the expected error that it raises is that of all."""
+        error: PraxinoError | None = None
         if trainer.is_global_zero:
             try:
-                link(source, target)
-            except OSError as error:
-                log.error("%s NOT SAVED: %s", target, error)
-                done = False
-        return trainer.strategy.broadcast(done)
+                function()
+            except PraxinoError as reason:
+                error = reason
+            except OSError as reason:
+                error = StorageError(f"{reason.filename or self.directory} cannot be used: {reason.strerror or reason}")
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
+
+    def _try(self, trainer: pl.Trainer, function: Callable[[], Any]) -> bool:
+        """Call a function on the first rank; return on all whether the disk did what it asks for."""
+        try:
+            self._on_first(trainer, function)
+        except StorageError as error:
+            log.error("best.ckpt NOT KEPT, training goes on: %s", error)
+            return False
+        return True
+
+    def _claim(self) -> None:
+        """Lock the directory, and put right what a killed process left."""
+        self._lock = lock(self.directory)
+        clean(self.directory)
+        due = self.directory / DUE
+        if due.exists():
+            if self._note(DUE).get("step") == step_of(self.directory / "best.ckpt"):
+                os.replace(due, self.directory / NOTE)
+            due.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}.ckpt"
@@ -204,13 +210,13 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if not math.isfinite(value):
             log.warning("%s is %s: it is passed over in the search for the best", self.monitor, value)
             return False
-        best = self._note().get(self.monitor)
-        return best is None or (value < best if self.mode == "min" else value > best)
+        best = self._note().get(self.monitor, math.nan)
+        return not math.isfinite(best) or (value < best if self.mode == "min" else value > best)
 
-    def _note(self) -> dict[str | None, float]:
+    def _note(self, name: str = NOTE) -> dict[str | None, float]:
         """Return the step and the value of `best.ckpt`; nothing where they are not known."""
         try:
-            note = json.loads((self.directory / NOTE).read_text(encoding="utf-8"))
+            note = json.loads((self.directory / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         valid = isinstance(note, dict) and all(isinstance(value, int | float) for value in note.values())

@@ -98,7 +98,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
+    _sync_file(temporary)
     os.replace(temporary, path)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint, a file or a directory; None where it cannot be read."""
+    try:
+        content = torch.load(path / shards.META if path.is_dir() else path, mmap=True, weights_only=True)
+        return int(content["praxino"]["step"])
+    except Exception:  # whatever a damaged file provokes
+        return None
 
 
 def clean(directory: Path) -> None:
@@ -121,6 +131,7 @@ def link(source: Path, target: Path) -> None:
     try:
         if source.is_dir():
             shutil.copytree(source, temporary, copy_function=_link)
+            _sync_directory(temporary)
         else:
             _link(source, temporary)
         move(temporary, target)
@@ -151,6 +162,7 @@ def _link(source: Any, target: Any) -> None:
     try:
         os.link(source, target)
     except OSError:
+        _check_space(Path(source).parent)
         shutil.copyfile(source, target)
         _sync_file(Path(target))
 

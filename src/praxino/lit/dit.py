@@ -80,7 +80,8 @@ class DiTModule(StepModule):
         self.checkpoint_activations = checkpoint_activations
         self.validated = -1  # step of the last validation
         self.previews = 0  # samples that a validation shows, set by who shows them
-        self.shape: list[int] = []  # (C, T, H, W) of the longest latents seen
+        self.shape: list[int] = []  # (C, T, H, W) of the latents learned last, T of the longest
+        self.seen: list[int] = []  # (C, T, H, W) of the last batch
         self.reference: dict[str, Any] = {}  # what a checkpoint says of the VAE
         self.statistics: dict[str, Any] | None = None  # of the latents, for checkpoints
         self.classes: list[str] | None = None  # their names, for checkpoints
@@ -228,6 +229,7 @@ class DiTModule(StepModule):
     def learn(self, batch: dict[str, Any], turn: tuple[str, ...], share: float) -> dict[str, Tensor]:
         """Learn to remove noise from a batch, some of it without label and text, some with given frames."""
         z, cond = self.read(batch, sample=True)  # (B, C, T, H, W)
+        self.shape = [z.shape[1], max([z.shape[2], *self.shape[1:2]]), *z.shape[3:]]
         cond = forget(cond, self.drop)
         known = self.context.draw(len(z), z.shape[2])
         if known is not None:
@@ -243,8 +245,7 @@ class DiTModule(StepModule):
             z, first = batch["latent"], batch.get("first")
         else:
             z, first = self.encode(batch["video"], sample), None
-        if not self.shape or self.shape[1] <= z.shape[2]:
-            self.shape = list(z.shape[1:])
+        self.seen = list(z.shape[1:])
         if missing := sorted(self.net.kinds - batch.keys()):
             raise ConfigError(
                 f"model.net takes {' and '.join(missing)}, which the data do not have: give them "
@@ -273,7 +274,7 @@ class DiTModule(StepModule):
     def cost(self, batch: dict[str, Any]) -> dict[str, float]:
         """Return clips, tokens and floating-point operations of a batch: forward and, twice that, backward."""
         clips = len(batch["index"])
-        shape = tuple(self.shape)
+        shape = tuple(self.seen)
         if shape not in self._flops:
             self._flops[shape] = self.net.flops((1, *shape))
         patch = self.net.config.get("patch", (1, 1, 1))

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from praxino.errors import CheckpointError, ConfigError
 
-STATEFUL = ("amsgrad", "centered", "momentum")  # options of optimizers that keep a state of their own
+STATEFUL = ("amsgrad", "centered")  # options of optimizers that keep a state of their own; so does RMSprop's momentum
 
 
 def warmup_constant(optimizer: Optimizer, warmup: int = 0) -> LambdaLR:
@@ -96,7 +96,8 @@ def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: d
         before = {**group, "lr": group.get("initial_lr", group["lr"])}
         now = {key: value for key, value in ours.items() if key not in ("params", "initial_lr")}
         changed = [key for key, value in now.items() if comparable(before[key]) != comparable(value)]
-        if missing := [key for key in STATEFUL if key in changed and not before[key]]:
+        stateful = (*STATEFUL, "momentum") if "centered" in group else STATEFUL
+        if missing := [key for key in stateful if key in changed and not before[key]]:
             raise CheckpointError(
                 f"{missing[0]}={now[missing[0]]} needs a state that the checkpoint lacks: resume with "
                 f"{missing[0]}={before[missing[0]]}, or take the weights alone with weights=PATH"

@@ -141,8 +141,7 @@ def encode(
             try:
                 ranks.on_all(lambda: encode_parts(model, source, work, parts, todo[ranks.rank :: ranks.world], ranks))
             except NonFiniteError:
-                done = [work.load(number) for number in range(len(parts))]
-                if not any(part and part["clips"] for part in done):
+                if not work.holds_clips(len(parts)):
                     work.remove()
                 raise
 
@@ -237,7 +236,7 @@ def encode_parts(
     model: VideoVAE, source: Source, work: Workplace, parts: list[range], mine: list[int], ranks: Ranks
 ) -> None:
     """Encode the parts of this process, one after the other; raises NonFiniteError where none of the first can be."""
-    encoded, lost = 0, list[str]()
+    lost = list[str]()
     batches = {number: [list(places) for places in batched(parts[number], source.batch)] for number in mine}
     loader = source.load([places for number in mine for places in batches[number]]) if source.clips and mine else None
     total = sum(len(parts[number]) for number in mine)
@@ -255,9 +254,8 @@ def encode_parts(
                         encode_clips(part, source, clips)
                         count(len(clips.get("path", ())) + clips["missing"])
                 work.store(number, part)
-                encoded += len(part.clips)
                 lost += [row["detail"] for row in part.rejected if row["reason"] == "not_finite"]
-                if not encoded and len(lost) >= LOST:
+                if len(lost) >= LOST and not work.holds_clips(len(parts)):
                     raise NonFiniteError(f"none of {len(lost)} videos could be encoded: {lost[0]}")
 
 

@@ -107,9 +107,9 @@ def check_finished(root: str | Path) -> None:
 
 def is_begun(record: Path) -> bool:
     """Tell whether the task that began a record has not written its rows."""
-    with record.open(encoding="utf-8", errors="replace") as lines:
-        try:
+    try:
+        with record.open(encoding="utf-8", errors="replace") as lines:
             row = json.loads(lines.readline())
-        except ValueError:
-            return False
+    except (OSError, ValueError):  # of others
+        return False
     return isinstance(row, dict) and row.get("unfinished") is True

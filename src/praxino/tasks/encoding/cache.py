@@ -79,6 +79,10 @@ class Workplace:
             return None
         return part if part["shard"] is None or has_size(self.out, part["shard"]) else None
 
+    def holds_clips(self, parts: int) -> bool:
+        """Tell whether a clip was encoded in any of so many parts."""
+        return any((part := self.load(number)) and part["clips"] for number in range(parts))
+
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.json"
 

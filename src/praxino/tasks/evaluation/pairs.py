@@ -138,11 +138,11 @@ def check_pairs(
 def read_tree(path: str, cache_dir: str | None) -> Tree:
     """Find the videos under a path; a video file is its own tree, and of what `reconstruct` wrote only that counts."""
     root = Path(path).expanduser().absolute()
+    check_finished(root)
     if root.is_file():
         return Tree(root, {root.name: probe(root)}, {root.name: str(root.stat().st_mtime_ns)}, {})
     if not root.is_dir():
         raise ConfigError(f"{path} does not exist")
-    check_finished(root)
     usable = find_usable(root, ClipSampler(1), aliases=True, cache_dir=cache_dir)
     entries: list[Entry] = usable.entries
     broken = {rejection.path: f"{rejection.reason}: {rejection.detail}" for rejection in usable.rejected}

@@ -102,15 +102,15 @@ class Generator:
         if self.window > self.trained.shape[1]:
             frames = frames_of(self.vae, self.window)
             raise ConfigError(f"window={frames}: the model was trained on {self.most} at once: use no more")
-        if not self.continues and length > self.window:
-            raise ConfigError(
-                f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
-                f"it makes no more than frames={self.most}"
-            )
         if not 1 <= self.overlap < self.window:
             raise ConfigError(
                 f"a rollout in windows of {self.window} latent frames cannot keep {self.overlap} of them: "
                 "use a larger window, or another overlap"
+            )
+        if not self.continues and any(self.finished(length, 0)):
+            raise ConfigError(
+                f"rollout={self.rollout}: the model was trained without given frames (model.context.probability=0), so "
+                f"it makes no more than frames={self.most}, with rollout=full"
             )
 
     def check_cache(self, length: int, given: int) -> None:
@@ -148,7 +148,7 @@ class Generator:
                 " or ".join(map(str, context["frames"])),
                 f": it is with frames={better}" if better else "",
             )
-        if (given or length > self.window) and self.solver.context_noise > context["noise"]:
+        if any(self.finished(length, given)) and self.solver.context_noise > context["noise"]:
             noise = self.solver.context_noise
             log.warning("context_noise=%g: the model was trained with %g at most", noise, context["noise"])
 
