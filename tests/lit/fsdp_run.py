@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dit_training import FixedLoss, LatentBatches, make_dit, make_net
+from praxino.callbacks.checkpoint import Checkpoint
 from praxino.diffusion.path import RectifiedFlow
 from praxino.diffusion.time import UniformTime
 from praxino.lit import dit, parallel
@@ -54,6 +55,8 @@ def main(out: Path, scenario: str, ranks: int, resume: Path | None) -> None:
     if "bf16" in words:
         options["precision"] = "bf16-mixed"
     data = LatentBatches(count=24, batch=4 // ranks, val_batch=1)
+    if "best" in words:  # of all runs beside this one
+        options["callbacks"] = (Checkpoint(str(out.parent / "best"), every=None, monitor="val/loss"),)
     trainer = train(out, int(steps), module, data, resume, devices=ranks, **{"every": 4, **options})
     weights, ema = (gather(dict(net.state_dict()), True) for net in (module.net, module.ema_net))
     torch.save(

@@ -1,5 +1,6 @@
 """FSDP2 on two processes of the CPU: the same training as DDP, each rank with half of everything."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,12 +55,25 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
 @pytest.mark.parametrize("kind", ["", "-sharded"])
 def test_saved_on_two_resumed_on_one_and_back(tmp_path, kind):
     """The result is that of 12 steps without a stop; each part has half of the batch, or all of it."""
+
+    def best() -> int:
+        """Return the step of the best checkpoint, a directory or a file as the last run that found one writes it."""
+        step = json.loads((tmp_path / "best" / "best.json").read_text())["step"]
+        assert checkpoint.load_denoiser(tmp_path / "best" / "best.ckpt")[1].step == step
+        return step
+
     whole = launch(tmp_path / "whole", "ddp-momentum-12", 1)[0]
-    launch(tmp_path / "a", f"fsdp{kind}-momentum-4", 2)
-    launch(tmp_path / "b", f"fsdp{kind}-momentum-8", 1, tmp_path / "a" / "checkpoints" / "step-00000004.ckpt")
-    last = launch(tmp_path / "c", f"fsdp{kind}-momentum-12", 2, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
+    launch(tmp_path / "a", f"fsdp{kind}-momentum-best-4", 2)
+    assert best() == 4
+    launch(tmp_path / "b", f"fsdp{kind}-momentum-best-8", 1, tmp_path / "a" / "checkpoints" / "step-00000004.ckpt")
+    assert best() == 8
+    parts = tmp_path / "b" / "checkpoints" / "step-00000008.ckpt"
+    last = launch(tmp_path / "c", f"fsdp{kind}-momentum-best-12", 2, parts)
+    assert best() == 12
     close(last[0], whole, 1e-6)
-    plain = launch(tmp_path / "d", "ddp-momentum-12", 1, tmp_path / "b" / "checkpoints" / "step-00000008.ckpt")
+    plain = launch(tmp_path / "d", "ddp-momentum-best-12", 1, parts)
+    assert best() == 12
+    assert (tmp_path / "best" / "best.ckpt").is_file()
     close(plain[0], whole, 1e-6)
     for weights in ("ema", "raw"):
         net, trained = checkpoint.load_denoiser(tmp_path / "c", weights=weights)
