@@ -21,6 +21,7 @@ from torch import Tensor
 from praxino.callbacks.media import write_png
 from praxino.errors import DataError
 from praxino.tasks.common import make_directory, write_atomic
+from praxino.tasks.outputs import RECONSTRUCTIONS
 from praxino.video import read, write
 
 RATE = 8.0  # frames a second
@@ -99,7 +100,7 @@ def find_videos(folder: Path) -> list[Path]:
 
 def find_pairs(folder: Path) -> list[tuple[Content, Tensor, Tensor]]:
     """Return some of the reconstructions: their rows, the originals and what became of them."""
-    rows = thinned(rows_of(folder / "reconstructions.jsonl"), SHOWN["pairs"])
+    rows = thinned(rows_of(folder / RECONSTRUCTIONS), SHOWN["pairs"])
     return [(row, show(folder / "origin" / row["output"]), show(folder / row["output"])) for row in rows]
 
 

@@ -17,6 +17,7 @@ from praxino.tasks.evaluation.report import Clip
 from praxino.tasks.evaluation.score import Curves, Reading, Recorder, Row, Scores
 from praxino.tasks.evaluation.shown import DIFFERENCE, LONGEST, amplify, shrink, tagged
 from praxino.tasks.evaluation.verdict import Judge, Outcome, checked, mean_curves
+from praxino.tasks.outputs import PREDICTIONS
 from praxino.tasks.predict import predict
 from praxino.tasks.ranks import is_first
 from praxino.tasks.reconstruct import fitting_chunk
@@ -62,7 +63,7 @@ def predictions(target: Path, settings: dict[str, Any], judge: Judge, outcome: O
     if not result["n"]:
         raise DataError(f"no video is as long as frames={result['frames']}: there is nothing to compare with")
     device, count = pick_device(given.get("device", "auto")), result["samples"]
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     short = f"continued, but not as long as frames={result['frames']}: nothing to compare with"
     rejected += [{"path": row["path"], "reason": "short", "detail": short} for row in rows if not row["measured"]]
