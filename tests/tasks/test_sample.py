@@ -316,7 +316,9 @@ def test_finished_frames_unlike_those_of_the_training_are_said(
     sampled(run, tmp_path / "b", **{**settings, "frames": 9, "overlap": 4, "context_noise": 0.5})  # one window
     assert "was trained with" not in caplog.text
     sampled(run, tmp_path / "c", **{**settings, "frames": 17, "overlap": 4, "context_noise": 0.5})
-    expected = "1 latent frames of a window are given or finished, the model was trained with 2: it is with frames=13"
+    expected = (
+        "1 latent frames of a window are given or finished, the model was trained with 2 (frames=13 keeps to that)"
+    )
     assert expected in caplog.messages
     assert "context_noise=0.5: the model was trained with 0.1 at most" in caplog.messages
 

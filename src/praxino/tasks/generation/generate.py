@@ -146,7 +146,7 @@ class Generator:
                 "%s latent frames of a window are given or finished, the model was trained with %s%s",
                 " or ".join(map(str, unlike)),
                 " or ".join(map(str, context["frames"])),
-                f": it is with frames={better}" if better else "",
+                f" (frames={better} keeps to that)" if better else "",
             )
         if any(self.finished(length, given)) and self.solver.context_noise > context["noise"]:
             noise = self.solver.context_noise
