@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def scan(
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise ConfigError(f"{root!a} {'is not a directory' if os.path.exists(root) else 'does not exist'}")
-    tree = walk(root, images, follow_links, aliases)
+    tree = _walk(root, images, follow_links, aliases)
     folder = _open_cache(Path(cache_dir).expanduser() if cache_dir is not None else default_index_dir().parent)
     cache = folder / "manifests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.jsonl" if folder else None
     known = _load(cache) if cache else {}
@@ -145,13 +145,23 @@ def scan(
 
 def fingerprint(entries: Sequence[Listed]) -> str:
     """Return the SHA-256 of the sorted paths, sizes and times of change."""
+    return _digest((entry.path, entry.stamp) for entry in entries)
+
+
+def listing(root: str) -> str | None:
+    """Return the fingerprint of all files under a folder that could be videos, unopened; None where there are none."""
+    files = _walk(root, images=True, follow_links=True, aliases=True).files
+    return _digest((path, stamp) for _, path, stamp, *_ in files) if files else None
+
+
+def _digest(stamps: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
-    for name, stamp in sorted((os.fsencode(entry.path), entry.stamp) for entry in entries):
+    for name, stamp in sorted((os.fsencode(path), stamp) for path, stamp in stamps):
         digest.update(b"%d:%b%b\n" % (len(name), name, stamp.encode()))
     return digest.hexdigest()
 
 
-def walk(root: str, images: bool, follow_links: bool, aliases: bool) -> _Tree:
+def _walk(root: str, images: bool, follow_links: bool, aliases: bool) -> _Tree:
     """Collect what could be a video, in the order of the bytes of the paths, without opening any file."""
     tree = _Tree(root, folders=[""])
     visited = set()

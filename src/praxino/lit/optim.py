@@ -83,7 +83,7 @@ def parameter_groups(parameters: list[nn.Parameter], decay: Literal["all", "matr
 def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: dict[str, Any] | None) -> list[str]:
     """Give the stored groups of an optimizer, and the state of its schedule, the options of a fresh one.
 
-    A schedule goes on: the share that it had made of the old learning rate is that of the new one.
+    A schedule goes on from its step; the rate there is taken when training starts (`StepModule.on_train_start`).
 
     Returns:
         what has changed, in words.
@@ -103,17 +103,11 @@ def renew(stored: list[dict[str, Any]], fresh: list[dict[str, Any]], schedule: d
                 f"{missing[0]}={before[missing[0]]}, or take the weights alone with weights=PATH"
             )
         changes |= {f"{key} {before[key]}, now {now[key]}": None for key in changed}
-        if now["lr"] == before["lr"]:
-            now["lr"] = group["lr"]
-        elif "initial_lr" in group:
-            share = group["lr"] / before["lr"] if before["lr"] else 1.0
-            now |= {"lr": share * now["lr"], "initial_lr": now["lr"]}
+        if "initial_lr" in group:  # a schedule makes the rate of it when training starts
+            now |= {"lr": group["lr"], "initial_lr": now["lr"]}
         group |= now
     if schedule is not None:
-        schedule |= {
-            "base_lrs": [group["initial_lr"] for group in stored],
-            "_last_lr": [group["lr"] for group in stored],
-        }
+        schedule["base_lrs"] = [group["initial_lr"] for group in stored]
     return list(changes)
 
 

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from praxino.data.scan import walk
+from praxino.data.scan import listing
 from praxino.errors import BusyError, ConfigError, PraxinoError
 from praxino.tasks.common import write_atomic
 
@@ -72,7 +72,7 @@ def run_stages(stages: Sequence[Stage], out: Path) -> Iterator[dict[str, Any]]:
     """
     with claimed(out) as lock:
         digests: dict[str, str] = {}
-        states = {folder: state_of(folder) for folder in {name for stage in stages for name in stage.reads}}
+        states = {folder: listing(folder) for folder in {name for stage in stages for name in stage.reads}}
         for number, stage in enumerate(stages, 1):
             digest = digest_of(stage, out, digests)
             stamp = read_stamp(out, stage.name)
@@ -149,16 +149,6 @@ def digest_of(stage: Stage, out: Path, before: dict[str, str]) -> str:
     settings = json.dumps(stage.settings, sort_keys=True).replace(f"{out}/", "")
     content = [stage.command, settings, [before[name] for name in stage.inputs]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def state_of(folder: str) -> str | None:
-    """Return what the videos in a folder are known again by: paths, sizes, times of change; None where there are none.
-
-    All is listed that any command could take for a video.
-    """
-    files = walk(folder, images=True, follow_links=True, aliases=True).files
-    listing = ascii([(path, stamp) for _, path, stamp, *_ in files])
-    return hashlib.sha256(listing.encode()).hexdigest() if files else None
 
 
 def tell_changes(before: dict[str, str | None], now: dict[str, str | None], remedy: str) -> None:
