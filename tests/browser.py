@@ -41,18 +41,18 @@ def launch(profile: Path, *flags: str) -> Iterator["Page"]:
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True)
     try:
-        port, path = wait(lambda: (profile / "DevToolsActivePort").read_text().split(), 60)
+        port, path = wait(lambda: (profile / "DevToolsActivePort").read_text().split())
         with Page(f"ws://127.0.0.1:{port}{path}") as page:
             yield page
             page.call("Browser.close")
-        process.wait(10)
+        process.wait(60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the program may be a script that starts it
         process.wait()
 
 
-def wait(ready: Any, seconds: float = 10.0) -> Any:
+def wait(ready: Any, seconds: float = 60.0) -> Any:
     """Call until what comes back is true; errors of what is not there yet count as false."""
     end = time.monotonic() + seconds
     while True:
@@ -134,7 +134,7 @@ class Page:
             raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", script))
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 10.0) -> Any:
+    def wait(self, script: str, seconds: float = 60.0) -> Any:
         """Wait until an expression is true, and return it."""
         return wait(lambda: self.run(script), seconds)
 

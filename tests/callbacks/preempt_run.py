@@ -31,7 +31,7 @@ class Tell(pl.Callback):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, ranks, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.05
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=40)) if ranks > 1 else "auto"
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)) if ranks > 1 else "auto"
     callbacks = (Preemption(), Tell(pause))
     module = make_module(accumulate=2)
     train(out, 100_000, module, Data(count=100), callbacks=callbacks, devices=ranks, strategy=strategy)

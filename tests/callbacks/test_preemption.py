@@ -42,7 +42,7 @@ def alive(process: int) -> bool:
 def test_a_signal_saves_and_exits_with_75(tmp_path, number):
     run = start(tmp_path)
     run.send_signal(number)
-    assert run.wait(timeout=60) == 75
+    assert run.wait(timeout=200) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
     step = load(path)["praxino"]["step"]
@@ -58,7 +58,7 @@ def test_the_same_signal_again_ends_it_at_once(tmp_path):
     run.send_signal(signal.SIGTERM)
     time.sleep(0.5)  # signals that wait together are one
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 143
+    assert run.wait(timeout=200) == 143
     assert not list(tmp_path.glob("checkpoints/step-*.ckpt"))
 
 
@@ -69,7 +69,7 @@ def test_another_signal_does_not_end_the_saving(tmp_path):
     run.send_signal(signal.SIGUSR2)
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 75
+    assert run.wait(timeout=200) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
 
@@ -81,10 +81,10 @@ def test_two_ranks_leave_together(tmp_path, kind):
     (child,) = (pid for pid in children(run.pid) if SCRIPT.name in Path(f"/proc/{pid}/cmdline").read_text())
     for process in {"main": [run.pid], "child": [child], "both": [run.pid, child]}[kind]:
         os.kill(process, signal.SIGTERM)
-    assert run.wait(timeout=60) == 75
+    assert run.wait(timeout=200) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while alive(child) and time.monotonic() < deadline:  # it may still be on its way out
         time.sleep(0.1)
     assert not alive(child)

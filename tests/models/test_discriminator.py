@@ -114,7 +114,7 @@ def judge(folder: Path, rank: int, ranks: int) -> None:
     """Train a step on this rank's clips; store logits, gradients and statistics."""
     if ranks > 1:
         store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     found = {}
     for name, cls in (("2d", NLayerDiscriminator2D), ("3d", NLayerDiscriminator3D)):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_two_processes_normalise_as_one_with_the_joint_batch(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(timeout=200)
     assert [worker.exitcode for worker in workers] == [0, 0]
     one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for key, value in one.items():

@@ -17,7 +17,6 @@ from praxino.video.source import failures
 
 from .conftest import encode, moving
 
-pytestmark = pytest.mark.timeout(60)
 CLIP = moving(8, 32, 48)
 
 

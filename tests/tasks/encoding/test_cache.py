@@ -193,7 +193,7 @@ def test_one_run_at_a_time_writes_a_cache(vae: Path, videos: Path, tmp_path: Pat
         work = Workplace(tmp_path, latents=True)
         work.claim()
         os.write(write, b".")
-        time.sleep(60)
+        time.sleep(600)
         os._exit(0)
     os.read(read, 1)
     with pytest.raises(BusyError, match="is being written by another run"):
