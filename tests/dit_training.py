@@ -58,7 +58,8 @@ class LatentSet(Clips):
         epoch, index = key
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         latent = torch.randn(SHAPE, generator=generator) * 0.3 + (index % 3 - 1)
-        return {"latent": latent, "first": True, "label": index % 3, "index": index, "path": f"{index}.mp4"}
+        names = {"label": index % 3, "index": index, "path": f"{index}.mp4", "fps": 12.5}
+        return {"latent": latent, "first": True, **names}
 
 
 class LatentBatches(Data):

@@ -221,6 +221,7 @@ class Trained:
         conditioning: `drop`, the probability with which label and text were dropped, and `context`: `probability`,
             `frames` (latents) and `noise`.
         shape: of the latents trained on, `(C, T, H, W)`.
+        fps: frames a second of the clips behind them; None where it is not known.
         statistics: mean and deviation per channel by which these were normalised; None: the VAE's own.
         vae: of the autoencoder: `fingerprint`, `path` relative to the run, `absolute`, `stride`; {} without one.
         step: of the training.
@@ -234,6 +235,7 @@ class Trained:
     per_frame: bool
     conditioning: dict[str, Any]
     shape: tuple[int, ...]
+    fps: float | None
     statistics: dict[str, Any] | None
     vae: dict[str, Any]
     step: int
@@ -274,6 +276,7 @@ def load_denoiser(
             per_frame=bool(diffusion["per_frame"]),
             conditioning=dict(header["conditioning"]),
             shape=tuple(header["shape"]),
+            fps=header.get("fps"),
             statistics=header["statistics"],
             vae=dict(header["vae"]),
             step=int(header["step"]),

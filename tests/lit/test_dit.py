@@ -318,3 +318,11 @@ def test_a_batch_costs_what_it_is_and_the_longest_is_described():
         module.read(batch, sample=False) if validates else module.learn(batch, ("",), 1.0)
         assert module.cost(batch)["tokens"] == 2 * frames * (size // 2) ** 2
     assert module.describe()["shape"] == [3, 9, 8, 8]
+
+
+def test_frames_a_second_are_those_of_the_clips_learned(tmp_path):
+    module, resumed = make_dit(), make_dit()
+    assert module.describe()["fps"] is None
+    train(tmp_path, 1, module, LatentBatches())
+    resumed.on_load_checkpoint(load(tmp_path / "checkpoints" / "step-00000001.ckpt"))
+    assert resumed.describe()["fps"] == module.describe()["fps"] == 12.5

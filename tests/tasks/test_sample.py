@@ -92,6 +92,8 @@ def test_what_is_written(plain: Path, tmp_path: Path) -> None:
         "seconds": 0,
     }
     assert video.probe(tmp_path / "00000.mp4", index_dir=None).fps == 12
+    sampled(plain, tmp_path / "as trained")
+    assert video.probe(tmp_path / "as trained" / "00000.mp4", index_dir=None).fps == 24
     assert (tmp_path / "sheet.png").exists()
     z = torch.stack([load_file(tmp_path / "latents" / f"0000{k}.safetensors")["latent"] for k in range(2)])
     vae = make_vae()

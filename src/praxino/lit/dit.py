@@ -82,6 +82,7 @@ class DiTModule(StepModule):
         self.previews = 0  # samples that a validation shows, set by who shows them
         self.shape: list[int] = []  # (C, T, H, W) of the latents learned last, T of the longest
         self.seen: list[int] = []  # (C, T, H, W) of the last batch
+        self.rates: Tensor | None = None  # frames a second of the clips learned last
         self.reference: dict[str, Any] = {}  # what a checkpoint says of the VAE
         self.statistics: dict[str, Any] | None = None  # of the latents, for checkpoints
         self.classes: list[str] | None = None  # their names, for checkpoints
@@ -162,6 +163,7 @@ class DiTModule(StepModule):
                 },
             },
             "shape": self.shape,
+            "fps": None if self.rates is None else self.rates.median().item(),
             "statistics": self.statistics,
             "vae": self.reference,
             "classes": self.classes,
@@ -223,6 +225,8 @@ class DiTModule(StepModule):
                 )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
+        fps = checkpoint["praxino"].get("fps")
+        self.rates = None if fps is None else torch.tensor([fps])
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -230,6 +234,7 @@ class DiTModule(StepModule):
         """Learn to remove noise from a batch, some of it without label and text, some with given frames."""
         z, cond = self.read(batch, sample=True)  # (B, C, T, H, W)
         self.shape = [z.shape[1], max([z.shape[2], *self.shape[1:2]]), *z.shape[3:]]
+        self.rates = batch.get("fps")
         cond = forget(cond, self.drop)
         known = self.context.draw(len(z), z.shape[2])
         if known is not None:

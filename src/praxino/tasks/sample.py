@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 PRIOR_FRAMES, PRIOR_SIZE = 17, 64  # of draws from a VAE, which does not say what it was trained on
 OF_A_VAE = ("ckpt", "weights", "batch")  # the settings that draws from a VAE know
+RATE = 8.0  # frames a second where no training says another
 PIECE = 4  # latents of the prior at a time
 SHOWN = 32  # videos on the sheet
 BESIDE = ("protocol.json", "sheet.png")  # the record
@@ -76,7 +77,7 @@ def sample(
     context_noise: float = 0.0,
     seed: int = 0,
     batch: int = 4,
-    fps: float = 8.0,
+    fps: float | None = None,
     weights: Literal["ema", "raw"] = "ema",
     save_latents: bool = False,
     lossless: bool = False,
@@ -105,6 +106,7 @@ def sample(
         rollout: how videos longer than those of training come about: in windows of `window` frames, of which the
             first `overlap` are finished already.
         context_noise: the noise level at which the denoiser is shown finished frames.
+        fps: frames a second of the files. None: as trained, or 8 where that is not known.
         save_latents: write the normalised latents `(C, T, H, W)` to `out/latents`.
         devices, num_nodes: processes, which share the batches.
 
@@ -122,6 +124,7 @@ def sample(
             model, trained = generator.vae, generator.trained.shape
             count = frames or frames_of(model, trained[1])
             cells = cells_of(model, size, trained[2:])
+            rate = fps or generator.trained.fps or RATE
             length = model.latent_frames(model.fitting_frames(count))
             generator.check(length, note=str(count))
             labels, classes = generator.labels, generator.trained.classes
@@ -131,7 +134,7 @@ def sample(
         else:
             protocol = of_a_vae(settings)
             model = checkpoint.load(ckpt, weights=weights, device=ranks.device)
-            count, labels, classes = frames or PRIOR_FRAMES, None, None
+            count, rate, labels, classes = frames or PRIOR_FRAMES, fps or RATE, None, None
             cells = cells_of(model, PRIOR_SIZE if size is None else size, ())
             length = model.latent_frames(model.fitting_frames(count))
             log.warning(
@@ -155,7 +158,7 @@ def sample(
                     begun, seeds = time.perf_counter(), [seed_of(seed, number) for number in numbers]
                     files = [paths[number] for number in numbers]
                     pieces = keep(draw(seeds, numbers), files) if save_latents else draw(seeds, numbers)
-                    write_videos(decode(model, pieces, length, batch), files, count, fps, lossless, quality)
+                    write_videos(decode(model, pieces, length, batch), files, count, rate, lossless, quality)
                     seconds = round((time.perf_counter() - begun) / len(numbers), 3)
                     for k in numbers:
                         row = describe(k, paths[k], seed, count, pixels, labels, classes, seconds)
