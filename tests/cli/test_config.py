@@ -77,7 +77,7 @@ def test_all_problems_are_told_at_once() -> None:
         "praxino.nothing.Here",
         "praxino.cli.Path",
         "urllib.request.urlopen",
-        "praxino.tasks.common.json.dumps",
+        "praxino.tasks.rows.json.dumps",
         "torch.optim.Optimizer",
         "lightning.pytorch.callbacks.LambdaCallback",
     ],

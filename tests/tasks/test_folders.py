@@ -11,10 +11,10 @@ from praxino import video
 from praxino.config import conf_dir, register_resolvers
 from praxino.data.synthetic import draw
 from praxino.errors import ConfigError
-from praxino.tasks.common import check_outside
 from praxino.tasks.encode import encode
 from praxino.tasks.predict import predict
 from praxino.tasks.reconstruct import find_sources, reconstruct
+from praxino.tasks.rundir import check_outside
 from praxino.tasks.train import run
 
 

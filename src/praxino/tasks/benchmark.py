@@ -17,21 +17,9 @@ from praxino.data.clips import Short, Where
 from praxino.data.transforms import Size
 from praxino.errors import ConfigError, DataError, PraxinoError
 from praxino.metrics.image import Window
-from praxino.tasks.common import (
-    FLOAT32,
-    Precision,
-    at_least,
-    check_outside,
-    make_directory,
-    make_resize,
-    pick_device,
-    precision_context,
-    show_table,
-    versions,
-    write_atomic,
-    write_csv,
-    write_jsonl,
-)
+from praxino.tasks.common import at_least, make_resize
+from praxino.tasks.console import show_table
+from praxino.tasks.device import FLOAT32, Precision, pick_device, precision_context
 from praxino.tasks.evaluation.contest import BITS, MEMORY, Contender, Contest
 from praxino.tasks.evaluation.pareto import pareto
 from praxino.tasks.evaluation.protocol import changes
@@ -40,6 +28,8 @@ from praxino.tasks.evaluation.score import Reading, Row
 from praxino.tasks.evaluation.shown import ORIGINAL, RECONSTRUCTION
 from praxino.tasks.evaluation.verdict import Judge, note_short
 from praxino.tasks.plot import names_of
+from praxino.tasks.rows import write_atomic, write_csv, write_jsonl
+from praxino.tasks.rundir import check_outside, make_directory, versions
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from praxino.errors import ConfigError
 from praxino.models.causalvae import CausalVAE
 from praxino.models.vae import VideoVAE
 from praxino.models.wfvae import WFVAE
-from praxino.tasks.common import at_least, make_directory
+from praxino.tasks.common import at_least
+from praxino.tasks.rundir import make_directory
 
 log = logging.getLogger(__name__)
 

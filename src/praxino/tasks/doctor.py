@@ -21,19 +21,15 @@ from praxino.data.transforms import Size
 from praxino.data.usable import Usable, find_usable
 from praxino.errors import ConfigError, DataError, PraxinoError
 from praxino.models.vae import VideoVAE, check_clip
-from praxino.tasks.common import (
-    make_directory,
-    measure,
-    pick_device,
-    show_table,
-    versions,
-    without_nan,
-    write_atomic,
-)
+from praxino.tasks.common import measure
+from praxino.tasks.console import show_table
+from praxino.tasks.device import pick_device
 from praxino.tasks.doctor_check import Check, Colour
 from praxino.tasks.doctor_dit import check_latent_training
 from praxino.tasks.evaluation.score import Reading
 from praxino.tasks.params import Kept
+from praxino.tasks.rows import without_nan, write_atomic
+from praxino.tasks.rundir import make_directory, versions
 from praxino.video import to_float
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,10 @@ from torch import Tensor
 from praxino.config import check_call, nearest
 from praxino.data.latents import text_file
 from praxino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
-from praxino.tasks.common import Precision, at_least, make_directory, pick_device, precision_context, write_atomic
+from praxino.tasks.common import at_least
+from praxino.tasks.device import Precision, pick_device, precision_context
+from praxino.tasks.rows import write_atomic
+from praxino.tasks.rundir import make_directory
 from praxino.video import VIDEO_SUFFIXES
 
 log = logging.getLogger(__name__)

@@ -27,25 +27,15 @@ from praxino.data.usable import find_usable
 from praxino.data.videos import VideoClips, collate
 from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.models.vae import VideoVAE, check_clip
-from praxino.tasks.common import (
-    Precision,
-    at_least,
-    check_chunk,
-    check_outside,
-    make_directory,
-    make_resize,
-    pass_over,
-    precision_context,
-    progress,
-    show_table,
-    versions,
-    write_atomic,
-    write_jsonl,
-)
+from praxino.tasks.common import at_least, check_chunk, make_resize, pass_over
+from praxino.tasks.console import progress, show_table
+from praxino.tasks.device import Precision, precision_context
 from praxino.tasks.encoding.cache import Workplace, begin, repaired
 from praxino.tasks.encoding.parts import Part, batched, cut, due_bytes, fitting, merge, push_size
 from praxino.tasks.encoding.store import fingerprint, place_of, store_statistics
 from praxino.tasks.ranks import Ranks, launch
+from praxino.tasks.rows import write_atomic, write_jsonl
+from praxino.tasks.rundir import check_outside, make_directory, versions
 from praxino.video import DecodeFailure, Video
 
 log = logging.getLogger(__name__)

@@ -17,16 +17,8 @@ from praxino.data.usable import spread
 from praxino.errors import ConfigError
 from praxino.metrics.image import Window
 from praxino.models.vae import check_clip
-from praxino.tasks.common import (
-    FLOAT32,
-    Precision,
-    at_least,
-    check_outside,
-    make_directory,
-    make_resize,
-    pick_device,
-    precision_context,
-)
+from praxino.tasks.common import at_least, make_resize
+from praxino.tasks.device import FLOAT32, Precision, pick_device, precision_context
 from praxino.tasks.evaluation import imagined
 from praxino.tasks.evaluation.compare import RANDOM, compare_sets, known_statistics, settle
 from praxino.tasks.evaluation.pairs import check_pairs, find_pairs, read_tree
@@ -36,6 +28,7 @@ from praxino.tasks.evaluation.score import Reading, Row, Scores, Watcher, score_
 from praxino.tasks.evaluation.shown import Pictures, thumbnails
 from praxino.tasks.evaluation.verdict import Judge, Outcome, mean_curves
 from praxino.tasks.ranks import Ranks, launch
+from praxino.tasks.rundir import check_outside, make_directory
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from praxino.callbacks.media import write_png
 from praxino.errors import DataError
-from praxino.tasks.common import make_directory, write_atomic
 from praxino.tasks.outputs import RECONSTRUCTIONS
+from praxino.tasks.rows import write_atomic
+from praxino.tasks.rundir import make_directory
 from praxino.video import read, write
 
 RATE = 8.0  # frames a second

@@ -19,7 +19,8 @@ from praxino.config import check, check_call, conf_dir, nearest
 from praxino.errors import ConfigError
 from praxino.models.vae import VideoVAE
 from praxino.official import OFFICIAL
-from praxino.tasks.common import make_directory, write_atomic
+from praxino.tasks.rows import write_atomic
+from praxino.tasks.rundir import make_directory
 
 log = logging.getLogger(__name__)
 

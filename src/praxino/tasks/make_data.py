@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from praxino.config import check_call
 from praxino.data.synthetic import make_dataset
-from praxino.tasks.common import make_directory
+from praxino.tasks.rundir import make_directory
 
 log = logging.getLogger(__name__)
 

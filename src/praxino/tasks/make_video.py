@@ -11,7 +11,7 @@ from torch import Tensor
 
 from praxino.config import check_call
 from praxino.errors import ConfigError, DataError, StorageError
-from praxino.tasks.common import make_directory
+from praxino.tasks.rundir import make_directory
 from praxino.video import IMAGE_SUFFIXES, DecodeFailure, Video, Writer, frames_in
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Any
 
 from praxino.callbacks.checkpoint import lock
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.common import write_jsonl
 from praxino.tasks.ranks import Ranks
+from praxino.tasks.rows import write_jsonl
 from praxino.video.writer import DRAFT
 
 SAMPLES, PREDICTIONS, RECONSTRUCTIONS = RECORDS = ("samples.jsonl", "predictions.jsonl", "reconstructions.jsonl")

@@ -27,7 +27,10 @@ from praxino.lit.dit import DiTModule
 from praxino.lit.parallel import recompute_blocks
 from praxino.models.vae import check_clip
 from praxino.tasks.attach import is_latents
-from praxino.tasks.common import make_directory, make_resize, show_table, write_atomic
+from praxino.tasks.common import make_resize
+from praxino.tasks.console import show_table
+from praxino.tasks.rows import write_atomic
+from praxino.tasks.rundir import make_directory
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 from praxino.config import check_call
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.common import check_outside, make_directory, show_table
+from praxino.tasks.console import show_table
 from praxino.tasks.gallery import gallery
+from praxino.tasks.rundir import check_outside, make_directory
 from praxino.tasks.stages import Stage, begin_anew, run_stages
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from praxino.config import check_call, nearest
 from praxino.errors import ConfigError, DataError, StorageError
-from praxino.tasks.common import make_directory
 from praxino.tasks.figure import TITLES, Curve, Run, draw
+from praxino.tasks.rundir import make_directory
 
 log = logging.getLogger(__name__)
 

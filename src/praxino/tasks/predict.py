@@ -19,26 +19,16 @@ from praxino.config import check_call
 from praxino.data.transforms import Resize, Size
 from praxino.diffusion.solve import Sampler
 from praxino.errors import ConfigError, DataError, NonFiniteError
-from praxino.tasks.common import (
-    Precision,
-    at_least,
-    check_outside,
-    check_written,
-    make_directory,
-    make_resize,
-    pass_over,
-    precision_context,
-    versions,
-    without_nan,
-    write_atomic,
-    write_jsonl,
-)
+from praxino.tasks.common import at_least, check_written, make_resize, pass_over
+from praxino.tasks.device import Precision, precision_context
 from praxino.tasks.generation.generate import Generator, Rollout, decode, latents_of, seed_of
 from praxino.tasks.generation.horizon import PROTOCOL, SCORES, judge, report, score, summary
 from praxino.tasks.generation.opening import Settings, open_generator
 from praxino.tasks.outputs import PREDICTIONS, written
 from praxino.tasks.ranks import launch
 from praxino.tasks.reconstruct import find_sources, fitting_chunk, output_names
+from praxino.tasks.rows import without_nan, write_atomic, write_jsonl
+from praxino.tasks.rundir import check_outside, make_directory, versions
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 
 log = logging.getLogger(__name__)

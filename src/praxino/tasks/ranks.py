@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from praxino.errors import ConfigError, PraxinoError, StorageError
-from praxino.tasks.common import pick_device, quiet_lightning
+from praxino.tasks.console import quiet_lightning
+from praxino.tasks.device import pick_device
 
 T = TypeVar("T")
 

@@ -20,26 +20,12 @@ from praxino.data.transforms import Resize, Size
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError, NonFiniteError
 from praxino.models.vae import VideoVAE
-from praxino.tasks.common import (
-    Precision,
-    at_least,
-    check_chunk,
-    check_outside,
-    check_written,
-    make_directory,
-    make_resize,
-    mean_of,
-    measure,
-    pass_over,
-    pick_device,
-    precision_context,
-    show,
-    show_table,
-    stem,
-    without_nan,
-    write_jsonl,
-)
+from praxino.tasks.common import at_least, check_chunk, check_written, make_resize, measure, pass_over, stem
+from praxino.tasks.console import show, show_table
+from praxino.tasks.device import Precision, pick_device, precision_context
 from praxino.tasks.outputs import RECONSTRUCTIONS, written
+from praxino.tasks.rows import mean_of, without_nan, write_jsonl
+from praxino.tasks.rundir import check_outside, make_directory
 from praxino.video import DecodeFailure, Video, Writer, to_float, to_uint8
 
 log = logging.getLogger(__name__)

@@ -23,21 +23,15 @@ from praxino.diffusion.noise import FrameNoise
 from praxino.diffusion.solve import Sampler
 from praxino.errors import ConfigError
 from praxino.models.vae import VideoVAE
-from praxino.tasks.common import (
-    Precision,
-    at_least,
-    check_written,
-    make_directory,
-    precision_context,
-    progress,
-    versions,
-    write_atomic,
-    write_jsonl,
-)
+from praxino.tasks.common import at_least, check_written
+from praxino.tasks.console import progress
+from praxino.tasks.device import Precision, precision_context
 from praxino.tasks.generation.generate import Rollout, decode, frames_of, seed_of
 from praxino.tasks.generation.opening import Settings, is_denoiser, open_generator
 from praxino.tasks.outputs import SAMPLES, written
 from praxino.tasks.ranks import launch
+from praxino.tasks.rows import write_atomic, write_jsonl
+from praxino.tasks.rundir import make_directory, versions
 from praxino.video import Video, Writer, to_uint8
 
 log = logging.getLogger(__name__)

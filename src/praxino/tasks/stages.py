@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from praxino.data.scan import listing
 from praxino.errors import BusyError, ConfigError, PraxinoError
-from praxino.tasks.common import write_atomic
+from praxino.tasks.rows import write_atomic
 
 log = logging.getLogger(__name__)
 

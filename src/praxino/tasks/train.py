@@ -29,7 +29,8 @@ from praxino.lit.base import StepModule
 from praxino.models.vae import VideoVAE
 from praxino.shards import is_sharded
 from praxino.tasks.attach import attach, fill_in, keep_vae
-from praxino.tasks.common import check_outside, describe_run, make_directory, quiet_lightning
+from praxino.tasks.console import quiet_lightning
+from praxino.tasks.rundir import check_outside, describe_run, make_directory
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from praxino import video
 from praxino.data.synthetic import draw
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.frechet import frechet_distance
-from praxino.tasks.common import precision_context
+from praxino.tasks.device import precision_context
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.evaluation import collect, imagined
 from praxino.tasks.evaluation.collect import Collected

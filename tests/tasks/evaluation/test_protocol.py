@@ -12,10 +12,10 @@ from praxino.config import check_call, conf_dir, register_resolvers
 from praxino.errors import ConfigError
 from praxino.models.wfvae import WFVAE
 from praxino.tasks.benchmark import benchmark
-from praxino.tasks.common import versions
 from praxino.tasks.evaluate import evaluate
 from praxino.tasks.evaluation.protocol import changes, identify
 from praxino.tasks.evaluation.verdict import Judge, mean_curves
+from praxino.tasks.rundir import versions
 
 
 def composed(name: str, *overrides: str) -> dict[str, Any]:

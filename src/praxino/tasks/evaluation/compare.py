@@ -15,10 +15,10 @@ from praxino.errors import ConfigError, DataError
 from praxino.metrics.detector import LEAST_FRAMES, Detector, TorchScriptDetector
 from praxino.metrics.features import RandomFeatures
 from praxino.metrics.frechet import frechet_distance, gaussian_distance
-from praxino.tasks.common import write_jsonl
 from praxino.tasks.evaluation.collect import Collected, Features, Gaussian, place_of, stack
 from praxino.tasks.evaluation.score import Reading, Row
 from praxino.tasks.ranks import Ranks
+from praxino.tasks.rows import write_jsonl
 from praxino.video import to_float
 from praxino.video.index import default_index_dir
 

@@ -22,7 +22,7 @@ from praxino.errors import DataError
 from praxino.metrics.summary import describe
 from praxino.models.vae import HALVES, Posterior, VideoVAE
 from praxino.stream import pad_space, pad_time
-from praxino.tasks.common import Precision, precision_context
+from praxino.tasks.device import Precision, precision_context
 from praxino.tasks.evaluation.compare import known_statistics, settle
 from praxino.tasks.evaluation.protocol import identify
 from praxino.tasks.evaluation.report import Clip

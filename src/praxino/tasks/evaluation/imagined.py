@@ -11,7 +11,7 @@ import torch
 
 from praxino.errors import ConfigError, DataError
 from praxino.metrics.suite import TEMPORAL, PairSuite
-from praxino.tasks.common import FLOAT32, pick_device, precision_context
+from praxino.tasks.device import FLOAT32, pick_device, precision_context
 from praxino.tasks.evaluation.compare import LEAST_OTHERS, LEAST_REAL
 from praxino.tasks.evaluation.report import Clip
 from praxino.tasks.evaluation.score import Curves, Reading, Recorder, Row, Scores

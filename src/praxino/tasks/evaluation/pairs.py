@@ -14,8 +14,9 @@ from praxino.data.clips import ClipSampler
 from praxino.data.scan import Entry
 from praxino.data.usable import find_usable
 from praxino.errors import ConfigError, DataError
-from praxino.tasks.common import stem, write_jsonl
+from praxino.tasks.common import stem
 from praxino.tasks.outputs import RECONSTRUCTIONS, check_finished
+from praxino.tasks.rows import write_jsonl
 from praxino.video import VideoInfo, probe
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from praxino.metrics.summary import DIRECTION
-from praxino.tasks.common import ascii_safe, write_atomic
+from praxino.tasks.console import ascii_safe
+from praxino.tasks.rows import write_atomic
 from praxino.video import write
 
 Kind = Literal["reconstruction", "prediction", "samples", "leaderboard"]

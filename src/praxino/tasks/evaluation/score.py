@@ -19,11 +19,12 @@ from praxino.data.videos import VideoClips, collate
 from praxino.errors import DataError, NonFiniteError
 from praxino.metrics.suite import PairMeter, PairSuite
 from praxino.models.vae import Posterior, VideoVAE
-from praxino.tasks.common import make_resize, without_nan
+from praxino.tasks.common import make_resize
 from praxino.tasks.evaluation.pairs import Pair, read_outputs
 from praxino.tasks.outputs import SAMPLES, check_finished
 from praxino.tasks.reconstruct import Clip, fitting_chunk
 from praxino.tasks.reconstruct import pairs as reconstructed
+from praxino.tasks.rows import without_nan
 from praxino.video import DecodeFailure, Video, to_float
 
 Row = dict[str, Any]

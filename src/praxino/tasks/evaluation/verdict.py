@@ -18,10 +18,12 @@ from praxino.losses.perceptual import LPIPS, RANDOM, file_name, name_hash
 from praxino.metrics.image import LEAST, Window, to_decibel
 from praxino.metrics.suite import METRICS, PairSuite
 from praxino.metrics.summary import describe
-from praxino.tasks.common import show_table, versions, write_atomic, write_csv, write_jsonl
+from praxino.tasks.console import show_table
 from praxino.tasks.evaluation.compare import Fid, Fvd, SetDistance, open_distances
 from praxino.tasks.evaluation.report import Clip, Kind, Report, write_report
 from praxino.tasks.evaluation.score import Curves, Row, Scores
+from praxino.tasks.rows import write_atomic, write_csv, write_jsonl
+from praxino.tasks.rundir import versions
 
 WORDS = {
     "psnr": "data range 1, 100 dB at most, mean over frames; psnr_clip: of the mean squared error of a video; "

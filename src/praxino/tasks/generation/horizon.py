@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from praxino.metrics.image import PSNR_CAP
-from praxino.tasks.common import measure, show_table, without_nan, write_csv
+from praxino.tasks.common import measure
+from praxino.tasks.console import show_table
+from praxino.tasks.rows import without_nan, write_csv
 
 log = logging.getLogger(__name__)
 
