@@ -9,7 +9,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from praxino.metrics.summary import DIRECTION
 from praxino.tasks.evaluation.score import Row
 
-INK, FAINT, BEST = "#2b2f36", "#8a9099", "#2f6fb3"
+INK, FAINT = "#2b2f36", "#8a9099"
+MARKERS = "os^D"
 LABELS = {
     "psnr": "PSNR (dB)",
     "decode_ms": "decoding a clip (ms)",
@@ -24,15 +25,13 @@ def pareto(rows: Sequence[Row], path: Path, quality: str = "psnr") -> None:
     costs = [key for key in ("decode_ms", "peak_mib", "bits_per_pixel") if rows[0].get(key)]
     if not quality or not costs:
         return
-    figure = Figure(figsize=(4.6 * len(costs), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(costs), 4.4), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         points = points_of(rows, cost, quality)
         best = front(points, DIRECTION[quality] != "up")
-        axes.plot(*zip(*[point[:2] for point in best], strict=True), color=BEST, linewidth=1.2, zorder=1)
-        for number, point in enumerate(sorted(points, key=lambda p: -p[1])):
-            axes.scatter(*point[:2], color=BEST if point in best else FAINT, zorder=2, s=36)
-            place = (0, -14) if number % 2 else (0, 7)  # neighbours get their names above and below
-            axes.annotate(point[2], point[:2], place, textcoords="offset points", color=INK, fontsize=8, ha="center")
+        axes.plot(*zip(*[point[:2] for point in best], strict=True), color=FAINT, linewidth=1.2, zorder=1)
+        for number, (x, y, name) in enumerate(points):  # names in a legend: similar models lie close together
+            axes.scatter(x, y, color=f"C{number % 10}", marker=MARKERS[number // 10 % len(MARKERS)], s=40, label=name)
         axes.set_xlabel(LABELS[cost], color=INK)
         axes.set_xscale("log")
         axes.margins(0.25)
@@ -44,6 +43,8 @@ def pareto(rows: Sequence[Row], path: Path, quality: str = "psnr") -> None:
             axes.spines[side].set_visible(False)
     label = LABELS.get(quality, quality.upper())
     figure.axes[0].set_ylabel(f"|{label}|" if DIRECTION[quality] == "zero" else label, color=INK)
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path, dpi=150)
 
 
