@@ -33,7 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every n-th test of those selected by `-m`, beginning with the k-th."""
+    """Keep every n-th test of those selected by `-m`, beginning with the k-th; give slow ones more time."""
+    for item in items:
+        if "slow" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
     k, n = (int(number) for number in config.getoption("--part").split("/"))
     if n > 1:
         slow = [item for item in items if "slow" in item.keywords]

@@ -20,10 +20,15 @@ def start(out: Path, ranks: int = 1, pause: float = 0.05) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), str(out), str(ranks), str(pause)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    await_line(run, "step 3")
+    return run
+
+
+def await_line(run: subprocess.Popen, due: str) -> None:
     assert run.stdout is not None
     for line in run.stdout:
-        if line.strip() == "step 3":
-            return run
+        if line.strip() == due:
+            return
     raise AssertionError(f"the run ended early with code {run.wait()}")
 
 
@@ -42,7 +47,7 @@ def alive(process: int) -> bool:
 def test_a_signal_saves_and_exits_with_75(tmp_path, number):
     run = start(tmp_path)
     run.send_signal(number)
-    assert run.wait(timeout=200) == 75
+    assert run.wait(timeout=600) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
     step = load(path)["praxino"]["step"]
@@ -56,20 +61,20 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, number):
 def test_the_same_signal_again_ends_it_at_once(tmp_path):
     run = start(tmp_path, pause=120)
     run.send_signal(signal.SIGTERM)
-    time.sleep(0.5)  # signals that wait together are one
+    await_line(run, "received")
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=200) == 143
+    assert run.wait(timeout=600) == 143
     assert not list(tmp_path.glob("checkpoints/step-*.ckpt"))
 
 
 @pytest.mark.slow
 def test_another_signal_does_not_end_the_saving(tmp_path):
     """SLURM sends SIGUSR2 to a job whose time is nearly up, and SIGTERM when it is."""
-    run = start(tmp_path, pause=2)
+    run = start(tmp_path, pause=10)
     run.send_signal(signal.SIGUSR2)
-    time.sleep(0.5)
+    await_line(run, "received")
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=200) == 75
+    assert run.wait(timeout=600) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
 
@@ -81,7 +86,7 @@ def test_two_ranks_leave_together(tmp_path, kind):
     (child,) = (pid for pid in children(run.pid) if SCRIPT.name in Path(f"/proc/{pid}/cmdline").read_text())
     for process in {"main": [run.pid], "child": [child], "both": [run.pid, child]}[kind]:
         os.kill(process, signal.SIGTERM)
-    assert run.wait(timeout=200) == 75
+    assert run.wait(timeout=600) == 75
     (path,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     assert is_whole(path)
     deadline = time.monotonic() + 100

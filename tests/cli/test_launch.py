@@ -59,7 +59,7 @@ def launch(folder: Path, launcher: str, settings: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PRAXINO_RUN_ID"}
     command = [*LAUNCHERS[launcher], str(ROOT / "train.py"), *SETTINGS, *settings]
     result = subprocess.run(
-        command, cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True, text=True
+        command, cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=600, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

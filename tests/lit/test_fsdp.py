@@ -20,7 +20,7 @@ def launch(out: Path, scenario: str, ranks: int, resume: Path | None = None) -> 
     """Run a scenario of the script; return what each rank found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), str(out), scenario, str(ranks), *([str(resume)] if resume else [])]
-    result = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 

@@ -364,7 +364,7 @@ def test_two_processes_write_the_bytes_of_one(
     for devices in ("1", "2"):
         command = [sys.executable, str(script), str(vae), str(root), str(tmp_path / devices), devices, detector]
         done = subprocess.run(
-            [*command, str(whole)], env=environment, capture_output=True, text=True, timeout=200, check=False
+            [*command, str(whole)], env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
     for name in ("metrics.csv", "curves.jsonl", "rejected.jsonl"):

@@ -253,7 +253,7 @@ def test_two_processes_predict_the_same(run: Path, videos: Path, tmp_path: Path)
         script = tmp_path / "predict.py"
         script.write_text(code)
         done = subprocess.run(
-            [sys.executable, str(script), *words], capture_output=True, text=True, timeout=240, check=False
+            [sys.executable, str(script), *words], capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         assert "istributed" not in done.stdout + done.stderr  # no word of Lightning's on how ranks are started

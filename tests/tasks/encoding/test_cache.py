@@ -196,10 +196,12 @@ def test_one_run_at_a_time_writes_a_cache(vae: Path, videos: Path, tmp_path: Pat
         time.sleep(600)
         os._exit(0)
     os.read(read, 1)
-    with pytest.raises(BusyError, match="is being written by another run"):
-        encoded(vae, videos, tmp_path)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        with pytest.raises(BusyError, match="is being written by another run"):
+            encoded(vae, videos, tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert encoded(vae, videos, tmp_path)["videos"] == 8
 
 
@@ -393,7 +395,7 @@ def test_two_processes_write_the_bytes_of_one(
     command = [sys.executable, *torchrun, str(script), str(vae), str(videos), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += ["1" if torchrun else "2"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert content(out) == content(whole)
     figures = [json.loads((path / "statistics.json").read_text()) for path in (out, whole)]

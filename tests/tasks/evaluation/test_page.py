@@ -90,7 +90,7 @@ def test_panels_play_in_step(page: Page, pages: dict[str, Path], old: bool) -> N
           (function look() {{
             seen.push(numbers({index}));
             const late = performance.now() - begin, moved = new Set(seen.map(String)).size >= 5;
-            if (late < 500 || !moved && late < 10000) setTimeout(look, 5); else done(seen);
+            if (late < 500 || !moved && late < 40000) setTimeout(look, 5); else done(seen);
           }})();
         }})""")
         assert all(len(shown) == 3 and len(set(shown)) == 1 for shown in seen)
