@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -92,8 +93,48 @@ def test_variable_rate(make: Make) -> None:
     truth = plain(path)
     with Video(path, index_dir=None) as video:
         assert video.index.seekable
+        assert float(video.info.fps) == pytest.approx(100 * 29 / times[-1], rel=1e-3)  # the header says 25
         np.testing.assert_allclose(video.timestamps, np.array(times) / 100, atol=1e-9)
         assert torch.equal(video.read([29, 3, 3, 17]), truth[[29, 3, 3, 17]])
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [("libx264", {"bf": "2", "g": "5"}), ("libx265", {"x265-params": "log-level=none:pools=1:keyint=5:bframes=0"})],
+)
+def test_parameters_that_change_within_a_file(codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    """The second half has another size; a decoder that has seen it decodes the first half wrongly."""
+    path = tmp_path / "halves.mkv"
+    halves = [moving(15, 64, 80), moving(15, 96, 112, seed=1)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        for number, half in enumerate(halves):
+            context = stream.codec_context if number == 0 else av.CodecContext.create(codec, "w")
+            context.height, context.width, context.pix_fmt = *half.shape[1:3], "yuv420p"
+            context.time_base, context.framerate, context.options = Fraction(1, 25), 25, options
+            frames = [av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24") for picture in half]
+            for k, frame in enumerate(frames):
+                frame.pts, frame.time_base = 15 * number + k, Fraction(1, 25)
+            for packet in [packet for frame in [*frames, None] for packet in context.encode(frame)]:
+                packet.stream, packet.time_base = stream, Fraction(1, 25)
+                container.mux(packet)
+    truth = plain(path)
+    with Video(path, index_dir=None) as video:
+        assert video.index.seekable
+        for k in (29, 1, 16, 16, 14, 2, 28, 0):
+            assert torch.equal(video.read([k])[0], truth[k])
+
+
+def test_one_frame_without_a_time(make: Make) -> None:
+    path = make("one.h264", "libx264", CLIP[:1])
+    assert torch.equal(read(path, index_dir=None), plain(path))
+
+
+def test_colours_that_cannot_be_converted(make: Make) -> None:
+    path = make("ycgco.mp4", "libx264", CLIP[:9], {"x264-params": "colormatrix=YCgCo"})
+    with pytest.raises(DecodeFailure) as failure:
+        probe(path, index_dir=None)
+    assert failure.value.reason == "codec"
 
 
 def test_hidden_frames_of_vp8_are_not_counted(make: Make) -> None:

@@ -23,13 +23,13 @@ import numpy as np
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from praxino.video.pixels import Layout, Turn
-from praxino.video.source import Source
+from praxino.video.pixels import Converter, Layout, Turn
+from praxino.video.source import Source, failures
 from praxino.video.types import DecodeFailure, VideoInfo
 
 log = logging.getLogger(__name__)
 
-VERSION = f"1 ffmpeg {av.ffmpeg_version_info}"
+VERSION = f"2 ffmpeg {av.ffmpeg_version_info}"
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that store the time of every picture
 SEEKABLE = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "prores", "ffv1", "png", "rawvideo", "dnxhd"})
 FIELDS = 2  # AVFieldOrder: 2 and more are interlaced, where two packets may share a frame
@@ -147,7 +147,7 @@ def _walk(source: Source, judge: _Judge) -> tuple[_Packets, VideoFrame | None]:
 
 
 def _increasing(values: Sequence[int | None]) -> bool:
-    return all(a is not None and b is not None and a < b for a, b in itertools.pairwise(values))
+    return None not in values and all(a < b for a, b in itertools.pairwise(values))  # type: ignore[operator]
 
 
 def build(path: str, max_pixels: int, trust: bool = True) -> Index:
@@ -196,12 +196,17 @@ def _index(
     base = stream.time_base
     if base and _increasing(pts):
         times = (np.array(pts, np.int64) - pts[0]) * float(base)
+        mean = (count - 1) / float(times[-1]) if count > 1 and source.container.format.name in TIMED else float(fps)
+        if not 0.9 < mean / fps < 1.1:  # the header states another rate than the pictures have
+            fps = max(Fraction(mean).limit_denominator(1001), Fraction(1, 1001))
     else:
         length = stream.duration * base if stream.duration and base else None
         if length and not damage and 0.3 < count / length / fps < 3:  # AVI may state twice the rate of H.264
             fps = Fraction(count / length).limit_denominator(1001)
         times = np.arange(count) / float(fps)
     layout = Layout.of(first, stream.codec_context.sample_aspect_ratio, source.max_pixels)
+    with failures(source.path, "codec"):
+        Converter(layout).rgb(first)  # there are colours that cannot be converted
     info = VideoInfo(
         path=source.path,
         kind="file",

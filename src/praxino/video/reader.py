@@ -16,13 +16,14 @@ from praxino.video import index as indexing
 from praxino.video import pictures
 from praxino.video.index import Cache, Index, default_index_dir
 from praxino.video.pixels import Converter
-from praxino.video.source import Source, check_file
+from praxino.video.source import Source, check_file, failures
 from praxino.video.types import MAX_PIXELS, DecodeFailure, Geometry, VideoInfo
 
 log = logging.getLogger(__name__)
 
 NONREF_EXACT = frozenset({"h264", "hevc"})  # decoders that can leave out unwanted pictures without touching the others
 CLOSED = frozenset({"h264", "vp8", "vp9"})  # nothing after a key frame (of `Index.keys`) refers to what came before it
+IN_BAND = frozenset({"h264", "hevc"})  # whose parameters may change between key frames
 WORTH_A_SEEK = 8  # unwanted frames before a key frame that cost more to decode than a seek
 USER_CACHE = Path("~user-cache")  # stands for default_index_dir(), which is found when a video is opened
 
@@ -59,6 +60,7 @@ class Video:
         self._files: list[str] | None = None
         self._stamp = ""
         self._source: Source | None = None
+        self._reached = -1  # number of the last frame that was found by seeking in the open file
         self._cursor: tuple[Iterator[VideoFrame], int] | None = None  # plain decoding, and the number of its next frame
 
     def __enter__(self) -> Self:
@@ -73,7 +75,7 @@ class Video:
         """Close the file; reading opens it again."""
         if self._source is not None:
             self._source.close()
-        self._source, self._cursor = None, None
+        self._source, self._cursor, self._reached = None, None, -1
 
     @property
     def info(self) -> VideoInfo:
@@ -133,11 +135,18 @@ class Video:
         if self._files is not None:
             frames: Iterator[tuple[int, VideoFrame]] = self._pictures(wanted)
         elif self.index.seekable:
+            if self._reached >= wanted[0] and self.info.codec in IN_BAND:
+                self.close()  # the decoder would go on with the parameters of a later part
+            self._reached = wanted[-1]
             self._source = self._source or Source(self.path, self.max_pixels)
             frames = _seek(self._source, self.index, wanted)
         else:
             frames = self._continue(wanted)
-        return {k: convert(frame, geometry) for k, frame in frames}
+        return {k: self._convert(convert, frame, geometry) for k, frame in frames}
+
+    def _convert(self, convert: Converter, frame: VideoFrame, geometry: Geometry | None) -> Tensor:
+        with failures(self.path, "codec"):
+            return convert(frame, geometry)
 
     def chunks(
         self, size: int, start: int = 0, stop: int | None = None, stride: int = 1, geometry: Geometry | None = None
@@ -155,7 +164,7 @@ class Video:
         batch: list[Tensor] = []
         done = 0
         for frame in self._stream(wanted):
-            batch.append(convert(frame, geometry))
+            batch.append(self._convert(convert, frame, geometry))
             done += 1
             if len(batch) == size:
                 yield torch.stack(batch)
