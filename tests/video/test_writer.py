@@ -1,10 +1,13 @@
 """What is written reads back, with its size, rate and colours; complete or not at all."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,18 @@ def test_h264(size: tuple[int, int], suffix: str, tmp_path: Path) -> None:
     if min(size) > 2:  # 2x2 pixels share one colour sample
         assert psnr(got, video) > 38
         assert (got.float() - video.float()).mean((0, 1, 2)).abs().max() < 2
+
+
+def test_the_same_frames_make_the_same_file(tmp_path: Path) -> None:
+    """Whatever lies in memory that nobody wrote to, which `MALLOC_PERTURB_` decides."""
+    np.save(tmp_path / "frames.npy", moving(20, 64, 80).numpy())
+    code = "import sys, numpy; from praxino.video import write; write(sys.argv[2], numpy.load(sys.argv[1]), 25)"
+    files = set()
+    for memory in ("85", "165"):
+        command = [sys.executable, "-c", code, str(tmp_path / "frames.npy"), str(tmp_path / "a.mp4")]
+        subprocess.run(command, env={**os.environ, "MALLOC_PERTURB_": memory}, check=True, timeout=240)
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_quality_counts(tmp_path: Path) -> None:
@@ -86,6 +101,7 @@ RATES: dict[float | Fraction, Fraction] = {
     59.94: Fraction(60000, 1001),
     24.0: Fraction(24),
     25: Fraction(25),
+    0.5: Fraction(1, 2),
     1.0: Fraction(1),
     12.5: Fraction(25, 2),
     Fraction(37200, 1241): Fraction(37200, 1241),
@@ -95,6 +111,7 @@ RATES: dict[float | Fraction, Fraction] = {
 @pytest.mark.parametrize(("fps", "exact"), RATES.items())
 def test_rates(fps: float | Fraction, exact: Fraction, tmp_path: Path) -> None:
     assert exact_rate(fps) == exact
+    assert exact_rate(1e-5) > 0
     assert probe(write(tmp_path / "a.mp4", moving(5, 16, 16), fps), index_dir=None).fps == exact
 
 

@@ -36,7 +36,9 @@ def exact_rate(fps: Fraction | float) -> Fraction:
     if isinstance(fps, Fraction):
         return fps
     broadcast = Fraction(round(fps * 1.001) * 1000, 1001)
-    return broadcast if abs(broadcast / fps - 1) < 1e-4 else Fraction(fps).limit_denominator(1001)
+    if abs(broadcast / fps - 1) < 1e-4:
+        return broadcast
+    return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
 
 
 class _Sink(Protocol):
@@ -58,6 +60,8 @@ class _Coded:
         odd = height % 2 or width % 2
         stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
         stream.options = {"qp": "0", "preset": "veryfast"} if lossless else {"crf": str(quality)}
+        if codec == "h264":  # builds of x264 whose look-ahead by macroblocks reads what was never written: no two
+            stream.options |= {"mbtree": "0"}  # files of many widths were the same
         if codec == "vp9":  # constant quality, in all colours of odd sizes, too
             stream.options |= {"b": "0", "deadline": "good", "cpu-used": "4", "profile": "1" if odd else "0"}
         if path.suffix.lower() == ".avi":
