@@ -34,7 +34,7 @@ def make_run(run: Path, net: dict[str, Any] | None = None, **module: Any) -> Pat
     place = {"fingerprint": checkpoint.fingerprint(vae), "path": "vae.ckpt", "absolute": str(run / "vae.ckpt")}
     trained.attach(vae, {**place, "stride": list(vae.stride)})
     trained.shape = [3, vae.latent_frames(FRAMES), SIZE // 8, SIZE // 8]
-    trained.rates = torch.tensor([30.0, 24.0, 12.5])
+    trained.fps = 24.0
     trained.classes = ["cat", "cow", "dog"][: trained.net.classes] if trained.net.classes else None
     state = {f"net.{key}": value for key, value in trained.net.state_dict().items()}
     block = {**trained.describe(), "config": None, "step": 1}

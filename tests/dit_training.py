@@ -58,8 +58,7 @@ class LatentSet(Clips):
         epoch, index = key
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         latent = torch.randn(SHAPE, generator=generator) * 0.3 + (index % 3 - 1)
-        names = {"label": index % 3, "index": index, "path": f"{index}.mp4", "fps": 12.5}
-        return {"latent": latent, "first": True, **names}
+        return {"latent": latent, "first": True, "label": index % 3, "index": index, "path": f"{index}.mp4"}
 
 
 class LatentBatches(Data):

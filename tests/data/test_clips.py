@@ -49,6 +49,21 @@ def test_random_stride_takes_every_value_that_fits():
     assert all(c[-1] < 12 for c in clips)
 
 
+def test_the_frame_rate_of_clips():
+    rng = np.random.default_rng(0)
+    for length, sampler, step in (
+        (9, ClipSampler(5, 2), 2),
+        (5, ClipSampler(33, short="pad"), 1),  # repeats of the last frame take as long as any other
+        (5, ClipSampler(33, 2, short="pad"), 2),
+        (5, ClipSampler(9, short="slow"), 0.5),
+        (1, ClipSampler(9, short="pad"), 1),
+        (9, ClipSampler(1), 1),
+    ):
+        assert sampler.step(sampler.indices(length, rng)) == step
+    assert [sampler.rate(24) for sampler in (ClipSampler(), ClipSampler(stride=2), ClipSampler(fps=8))] == [24, 12, 8]
+    assert ClipSampler(stride=3, random_stride=True).rate(24) == 12
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 16])
 def test_short_videos(length):
     rng = np.random.default_rng(0)

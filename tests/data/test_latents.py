@@ -61,6 +61,11 @@ def data_of(cache: Path, **options: Any) -> LatentData:
     return LatentData(str(cache), **{**given, **options})
 
 
+def test_the_frame_rate_is_the_median_of_training(cache):
+    data = data_of(cache, val_fraction=0.0, val_root=str(cache))
+    assert data.rate() == 30  # of 25, 26, ..., 35
+
+
 # -------------------------------------------------------------------------------------------------- the files
 def test_a_shard_is_plain_safetensors_written_whole_or_not_at_all(tmp_path: Path) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()

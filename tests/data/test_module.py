@@ -145,6 +145,10 @@ def test_roots_of_their_own(tree, tmp_path, new_video):
     assert train.entries == val.entries
 
 
+def test_the_frame_rate_is_that_of_the_clips(tree):
+    assert (data_of(tree).rate(), data_of(tree, stride=2).rate(), data_of(tree, fps=12).rate()) == (25, 12.5, 12)
+
+
 def test_missing_and_empty_roots(tree, tmp_path):
     with pytest.raises(ConfigError, match=r"data.root: .*nowhere does not exist"):
         data_of(tmp_path / "nowhere").setup()
@@ -301,7 +305,7 @@ def test_two_ranks_are_disjoint_complete_and_resume(tree, tmp_path):
 
     def run(ckpt):
         command = [sys.executable, str(script), __file__, str(tree), str(tmp_path), ckpt]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         name = "straight" if ckpt == "none" else ckpt.rpartition("/")[2].removesuffix(".ckpt")
         return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(2)]
@@ -330,6 +334,6 @@ def test_no_usable_data_ends_every_rank(tree, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), __file__, str(tree), str(tmp_path), "none"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)  # gloo waits 1800 s
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)  # gloo waits 1800 s
     assert result.returncode != 0
     assert result.stderr.count("DataError: 0 of 13 files usable") >= 1

@@ -320,9 +320,12 @@ def test_a_batch_costs_what_it_is_and_the_longest_is_described():
     assert module.describe()["shape"] == [3, 9, 8, 8]
 
 
-def test_frames_a_second_are_those_of_the_clips_learned(tmp_path):
-    module, resumed = make_dit(), make_dit()
-    assert module.describe()["fps"] is None
-    train(tmp_path, 1, module, LatentBatches())
-    resumed.on_load_checkpoint(load(tmp_path / "checkpoints" / "step-00000001.ckpt"))
-    assert resumed.describe()["fps"] == module.describe()["fps"] == 12.5
+class SlowBatches(LatentBatches):
+    def rate(self) -> float:
+        return 12.5
+
+
+def test_frames_a_second_are_those_of_the_data(tmp_path):
+    for data, fps in ((SlowBatches(), 12.5), (LatentBatches(), None)):
+        train(tmp_path / str(fps), 1, make_dit(), data)
+        assert load(tmp_path / str(fps) / "checkpoints" / "step-00000001.ckpt")["praxino"]["fps"] == fps

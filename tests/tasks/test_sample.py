@@ -88,6 +88,7 @@ def test_what_is_written(plain: Path, tmp_path: Path) -> None:
         "size": [SIZE, SIZE],
         "label": None,
         "class": None,
+        "fps": 12,
         "files": ["00001.mp4", "latents/00001.safetensors"],
         "seconds": 0,
     }

@@ -1,6 +1,7 @@
 """What the datamodules share: the list of the first rank for all, planned loaders, and the state of an exact resume."""
 
 import logging
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,15 @@ class PlannedData(pl.LightningDataModule, ABC, Generic[T]):
     def dataset(self, tree: T, training: bool) -> Dataset:
         """Return the clips of a tree, addressed by the keys of a `BatchPlan`."""
 
+    @abstractmethod
+    def rates(self, tree: T) -> list[float]:
+        """Return the frames per second of the clips of a tree."""
+
     # What there is
+
+    def rate(self) -> float:
+        """Return the frames per second of the clips of training; where they differ, the median."""
+        return statistics.median_low(self.rates(self._parts()[0]))
 
     def prepare_data(self) -> None:
         """Scan on the first rank, while the others wait without a time limit; `setup` tells all of an error."""

@@ -46,6 +46,15 @@ class ClipSampler:
             return self.frames == 1 or (self.frames - 1) / self.fps < length / float(fps)
         return length >= 1 + (self.frames - 1) * (1 if self.random_stride else self.stride)
 
+    def rate(self, fps: Fraction | float) -> float:
+        """Return the frames per second of clips of a video at `fps` that is not too short, on average."""
+        return self.fps or float(fps) / ((1 + self.stride) / 2 if self.random_stride else self.stride)
+
+    def step(self, frames: np.ndarray) -> float:
+        """Return the distance of two frames of a clip in the video; repeats of the last one do not count."""
+        steps = np.diff(frames)
+        return float(steps.max() if self.short == "pad" else steps.mean()) or 1.0 if len(steps) else 1.0
+
     def indices(self, length: int, rng: np.random.Generator, times: np.ndarray | None = None) -> np.ndarray | None:
         """Return the frame numbers `(frames,)` of a clip, or None where it does not fit and the policy is drop.
 

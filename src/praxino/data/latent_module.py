@@ -145,6 +145,10 @@ class LatentData(PlannedData[Cached]):
                 )
         return Cached(manifest.root, clips, manifest)
 
+    def rates(self, tree: Cached) -> list[float]:
+        """Return the frames per second of the clips, as their encoding noted them."""
+        return [clip.fps for clip in tree.entries]
+
     def dataset(self, tree: Cached, training: bool) -> LatentClips:
         """Read windows of clips, all normalised by the statistics of the training cache."""
         windows = None

@@ -141,6 +141,10 @@ class VideoData(PlannedData[Usable]):
             cache_dir=self.cache_dir,
         )
 
+    def rates(self, tree: Usable) -> list[float]:
+        """Return the frames per second of the clips, by those of the videos."""
+        return [self.clips.rate(entry.info.fps) for entry in tree.entries]
+
     def dataset(self, tree: Usable, training: bool) -> VideoClips:
         """Read clips of videos; the validation is neither random nor shuffled."""
         return VideoClips(

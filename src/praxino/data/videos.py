@@ -93,7 +93,6 @@ class VideoClips(Dataset):
                 raise DecodeFailure(entry.path, "no_frames", f"{info.frames} frames, too short for a clip")
             geometry = None if self.resize.size is None else self.resize(info.height, info.width, rng)
             clip = source.read(frames.tolist(), geometry)
-        step = (frames[-1] - frames[0]) / max(len(frames) - 1, 1)
         return {
             "video": clip,
             "path": entry.path,
@@ -101,7 +100,7 @@ class VideoClips(Dataset):
             "repeat": index // len(self),
             "epoch": epoch,
             "start": int(frames[0]),
-            "fps": self.clips.fps or float(info.fps) / (step or 1.0),
+            "fps": self.clips.fps or float(info.fps) / self.clips.step(frames),
         }
 
     def _video(self, entry: Entry) -> Video:

@@ -82,7 +82,7 @@ class DiTModule(StepModule):
         self.previews = 0  # samples that a validation shows, set by who shows them
         self.shape: list[int] = []  # (C, T, H, W) of the latents learned last, T of the longest
         self.seen: list[int] = []  # (C, T, H, W) of the last batch
-        self.rates: Tensor | None = None  # frames a second of the clips learned last
+        self.fps: float | None = None  # frames a second of the clips
         self.reference: dict[str, Any] = {}  # what a checkpoint says of the VAE
         self.statistics: dict[str, Any] | None = None  # of the latents, for checkpoints
         self.classes: list[str] | None = None  # their names, for checkpoints
@@ -163,7 +163,7 @@ class DiTModule(StepModule):
                 },
             },
             "shape": self.shape,
-            "fps": None if self.rates is None else self.rates.median().item(),
+            "fps": self.fps,
             "statistics": self.statistics,
             "vae": self.reference,
             "classes": self.classes,
@@ -225,16 +225,19 @@ class DiTModule(StepModule):
                 )
         super().on_load_checkpoint(checkpoint)
         self.shape = list(checkpoint["praxino"].get("shape", ()))
-        fps = checkpoint["praxino"].get("fps")
-        self.rates = None if fps is None else torch.tensor([fps])
 
     # ------------------------------------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        """Take from the data what a checkpoint says of them."""
+        super().on_train_start()
+        rate = getattr(getattr(self.trainer, "datamodule", None), "rate", None)
+        self.fps = None if rate is None else rate()
 
     def learn(self, batch: dict[str, Any], turn: tuple[str, ...], share: float) -> dict[str, Tensor]:
         """Learn to remove noise from a batch, some of it without label and text, some with given frames."""
         z, cond = self.read(batch, sample=True)  # (B, C, T, H, W)
         self.shape = [z.shape[1], max([z.shape[2], *self.shape[1:2]]), *z.shape[3:]]
-        self.rates = batch.get("fps")
         cond = forget(cond, self.drop)
         known = self.context.draw(len(z), z.shape[2])
         if known is not None:

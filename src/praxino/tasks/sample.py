@@ -156,7 +156,7 @@ def sample(
                     seconds = round((time.perf_counter() - begun) / len(numbers), 3)
                     for k in numbers:
                         row = describe(k, paths[k], seed, count, pixels, labels, classes, seconds)
-                        rows.append(row | {"files": files_of(paths[k], save_latents)})
+                        rows.append(row | {"fps": rate, "files": files_of(paths[k], save_latents)})
                     done(len(numbers) * ranks.world)
             return rows
 
