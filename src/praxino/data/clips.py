@@ -53,7 +53,9 @@ class ClipSampler:
     def step(self, frames: np.ndarray) -> float:
         """Return the distance of two frames of a clip in the video; repeats of the last one do not count."""
         steps = np.diff(frames)
-        return float(steps.max() if self.short == "pad" else steps.mean()) or 1.0 if len(steps) else 1.0
+        if not steps.any():  # one frame, once or repeated
+            return 1.0
+        return float(steps.max() if self.short == "pad" else steps.mean())
 
     def indices(self, length: int, rng: np.random.Generator, times: np.ndarray | None = None) -> np.ndarray | None:
         """Return the frame numbers `(frames,)` of a clip, or None where it does not fit and the policy is drop.

@@ -231,8 +231,8 @@ class DiTModule(StepModule):
     def on_train_start(self) -> None:
         """Take from the data what a checkpoint says of them."""
         super().on_train_start()
-        rate = getattr(getattr(self.trainer, "datamodule", None), "rate", None)
-        self.fps = None if rate is None else rate()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.fps = data.rate() if hasattr(data, "rate") else None
 
     def learn(self, batch: dict[str, Any], turn: tuple[str, ...], share: float) -> dict[str, Tensor]:
         """Learn to remove noise from a batch, some of it without label and text, some with given frames."""
